@@ -1,0 +1,48 @@
+"""Settings, a frozen dataclass a part. Standard library only; defaults are what a laptop wants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which weights, and in what numbers they are computed."""
+
+    path: str
+    name: str = ""  # served name; empty: the file's own
+    quantize: str | None = None  # "int4" quantises dense safetensors on load
+    dtype: str = "auto"  # "auto" | "bf16" | "fp32": CPU activations; auto is fp32 for F32/F16 files
+    max_model_len: int | None = None  # None: the model's own context length
+    chat_template: str | None = None  # a template's text; None: the model's own
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Scheduling. All counts are tokens or sequences unless the name says otherwise."""
+
+    block_size: int = 64  # positions a KV block
+    total_blocks: int = 0  # set from the ranks' memory
+    max_num_seqs: int = 64  # sequences that run at once
+    max_step_tokens: int = 512  # token budget of a step, decode first, prefill with what is left
+    max_chunk: int | None = None  # most prompt tokens of one sequence in a step; None: the budget
+    max_model_len: int = 2048
+    max_waiting: int = 1024  # more are refused with QueueFull
+    prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    tp: int = 1
+    device: str = "auto"  # "auto" | "cpu" | "cuda"
+    kv_memory: int | None = None  # bytes a rank for KV; None: what the device can spare
+    threads: int | None = None  # intra-op threads a rank; None: cores divided among the ranks
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    model: ModelConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    host: str = "127.0.0.1"
+    port: int = 50051

@@ -1,0 +1,185 @@
+"""What crosses the parts of the runtime, as plain frozen dataclasses of the standard library.
+
+Model, sampling and weights code reads these where neither Ray, gRPC nor msgspec is installed; the wire
+encodes them as they are. Positions are absolute (0 is the first prompt token), tokens are vocabulary ids.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class FinishReason(enum.Enum):
+    """Why a request ended. Every request gets exactly one."""
+
+    STOP = "stop"  # an end-of-sequence or stop token, or a stop string
+    LENGTH = "length"  # max_tokens, or the end of the context
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"  # the engine lost its ranks
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. The engine and the ranks see it only after the gateway resolved the Nones."""
+
+    max_tokens: int | None = None  # None: as many as the context leaves
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and reply
+    presence_penalty: float = 0.0  # over the reply
+    frequency_penalty: float = 0.0  # over the reply
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None  # 0 <= seed < 2**64; None: the gateway draws one and reports it
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; n >= 0: the chosen token's and the n most likely
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One reply to compute. `stop_ids` are the tokens that end it: stop_token_ids and, unless
+    ignore_eos, the model's end-of-sequence tokens. `params` has max_tokens and seed filled in.
+    `deadline` is in seconds of the engine's monotonic clock; on the wire it is what remains."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    stop_ids: tuple[int, ...] = ()
+    deadline: float | None = None
+    priority: int = 0  # larger is sooner
+    cache_salt: str = ""  # requests share cached prefixes only under the same salt
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token: int
+    logprob: float  # natural log, raw: before temperature, penalties and filters
+
+
+# ---- engine -> ranks -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStart:
+    """Gives a slot its sequence. `tokens` is all that is known: the prompt and, after a preemption, the
+    reply so far; `prompt_length` says where the prompt ends (penalties and min_tokens count from there)."""
+
+    slot: int
+    tokens: tuple[int, ...]
+    prompt_length: int
+    params: SamplingParams
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Run positions start .. start + length - 1 of a slot through the model.
+
+    A token at a position that the engine does not know yet (sampled by a plan still in flight) is known
+    to the ranks. `new_blocks` are appended to the slot's block table before the step; the first chunk of
+    a slot brings its cached blocks too. If `samples`, the token at position start + length is sampled
+    from the last row."""
+
+    slot: int
+    start: int
+    length: int
+    new_blocks: tuple[int, ...]
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward step. Applied in the order: ends, starts, chunks."""
+
+    step: int
+    ends: tuple[int, ...]  # slots whose state is dropped
+    starts: tuple[SequenceStart, ...]
+    chunks: tuple[Chunk, ...]
+
+
+# ---- ranks -> engine -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    slot: int
+    token: int
+    logprob: float | None = None  # set where the request asked for logprobs
+    top: tuple[TokenLogprob, ...] = ()  # most likely first; ties by lower token id
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`tokens` has one entry for each chunk with `samples`, in the plan's order."""
+
+    step: int
+    tokens: tuple[SampledToken, ...]
+
+
+# ---- engine -> gateway -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One token of a reply; `index` counts from 0 within the reply. A stop token is sent too, as the
+    last one, so that the reply's tokens are exactly what was sampled."""
+
+    request_id: str
+    index: int
+    token: int
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last output of a request."""
+
+    request_id: str
+    reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int  # prompt tokens whose KV came from the prefix cache at first admission
+    completion_tokens: int
+    stop_token: int | None = None
+    detail: str = ""  # for ERROR: one line
+
+
+Output = TokenOutput | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A moment of an engine."""
+
+    running: int
+    waiting: int
+    free_blocks: int
+    total_blocks: int
+    cached_blocks: int  # free, but still holding a reusable prefix
+    queued_tokens: int  # prompt tokens that wait
+    steps: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a gateway must know of the engine behind it."""
+
+    model: str  # the name it is served under
+    numerics: str
+    context_length: int  # most tokens of prompt and reply together
+    vocab_size: int
+    tp: int
+    units: int
+    block_size: int
+    total_blocks: int
+    max_num_seqs: int
+    rank_nodes: tuple[str, ...] = ()  # one line a rank, for people
