@@ -1,0 +1,143 @@
+"""Attention over a paged KV cache, grouped-query heads packed into tiles of 16 rows.
+
+One tile is 16 query rows of one KV head: as many tokens as fit, each with all the query heads that read that
+head. Every tile of every step goes through the same call: 16 rows, KV padded to a multiple of 64, an additive
+mask. Called so, torch's CPU kernel gives a row the same bits whatever else stands in the tile, the batch
+or the padding (docs/numerics.md); called with the bare number of queries it does not.
+The kernel reduces KV in segments of 512 absolute positions, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+TILE = 16
+KV_PAD = 64
+_MASK_LIMIT = 1 << 23  # mask elements of one call; longer work is cut into several calls
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """B tiles of up to `tokens` tokens each, over KV of one padded length L.
+
+    Rows of a tile past its tokens are padding; `query` names a real row for them and `out` drops them."""
+
+    query: torch.Tensor  # int64 [B * tokens]: rows of q
+    tokens: int
+    blocks: torch.Tensor  # int64 [B or 1, L / block_size]: KV blocks in order; 1 is shared by all tiles
+    mask: torch.Tensor  # [B, 1, 16, L] additive
+    keep: int  # leading entries of `query` that are real
+
+
+def tokens_per_tile(group: int) -> int:
+    """Tokens whose `group` query heads fit a tile together."""
+    return max(1, TILE // group)
+
+
+def decode_call(
+    rows: Sequence[int],
+    positions: torch.Tensor,
+    blocks: torch.Tensor,
+    *,
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> AttentionCall:
+    """One token of each of B sequences. positions int64 [B]; blocks int64 [B, n], unused entries 0."""
+    length = blocks.shape[1] * block_size
+    allowed = _allowed(positions[:, None], length, window)  # [B, 1, L]
+    mask = _additive(allowed, dtype)[:, :, None, :].expand(-1, 1, TILE, -1)
+    return AttentionCall(torch.tensor(rows), 1, blocks, mask, len(rows))
+
+
+def chunk_calls(
+    first_row: int,
+    start: int,
+    length: int,
+    blocks: torch.Tensor,
+    *,
+    group: int,
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> list[AttentionCall]:
+    """A run of `length` tokens from position `start` of one sequence, whose rows begin at `first_row`.
+    blocks int64 [n] covers positions 0 .. start + length - 1."""
+    tokens = tokens_per_tile(group)
+    used = min(group, TILE) * tokens
+    calls = []
+    done = 0
+    while done < length:
+        # Tiles that end within the same 256 positions share a call, so little of the KV is masked work.
+        stop = min(length, (start + done) // 256 * 256 + 256 - start)
+        if length - stop < tokens:
+            stop = length
+        kv = -(-(start + stop) // KV_PAD) * KV_PAD
+        stop = min(stop, done + max(1, _MASK_LIMIT // (kv * TILE)) * tokens)
+        tiles = -(-(stop - done) // tokens)
+        real = torch.arange(done, done + tiles * tokens).clamp_(max=stop - 1)
+        kv_blocks = -(-kv // block_size)
+        here = blocks[:kv_blocks]
+        if here.shape[0] < kv_blocks:
+            here = torch.nn.functional.pad(here, (0, kv_blocks - here.shape[0]))
+        allowed = _allowed((real + start).view(tiles, tokens), kv_blocks * block_size, window)
+        mask = _additive(allowed, dtype).repeat_interleave(min(group, TILE), dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 0, 0, TILE - used)) if used < TILE else mask
+        calls.append(AttentionCall(real + first_row, tokens, here[None], mask[:, None], stop - done))
+        done = stop
+    return calls
+
+
+def paged_attention(
+    q: torch.Tensor, cache: torch.Tensor, calls: Sequence[AttentionCall], scale: float, out: torch.Tensor
+) -> torch.Tensor:
+    """q [M, KV heads, group, D]; cache [blocks, block_size, 2, KV heads, D], keys then values.
+
+    Writes out [parts, M, heads / parts * D], the heads cut into equal parts (units), and returns it.
+    Types of q, cache and out are equal, bf16 or fp32. Rows that no call names are left as they are.
+    """
+    kv_heads, group, dim = q.shape[1:]
+    if cache.shape[2:] != (2, kv_heads, dim) or cache.dtype != q.dtype:
+        raise ValueError(f"attention: q {q.dtype} {tuple(q.shape)} does not fit cache {tuple(cache.shape)}")
+    split = _head_split(group)
+    parts = out.shape[0]
+    for call in calls:
+        tiles, length = call.mask.shape[0], call.mask.shape[3]
+        kv = cache.index_select(0, call.blocks.view(-1)).view(-1, length, 2, kv_heads, dim)
+        k, v = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+        if split > 1:
+            k, v = (t.repeat_interleave(split, dim=1) for t in (k, v))
+        if k.shape[0] != tiles:
+            k, v = k.expand(tiles, -1, -1, -1), v.expand(tiles, -1, -1, -1)
+        lanes, packed = kv_heads * split, group // split
+        used = call.tokens * packed
+        tile = q.new_zeros(tiles, lanes, TILE, dim)
+        tile[:, :, :used].view(tiles, lanes, call.tokens, packed, dim).copy_(
+            q.index_select(0, call.query).view(tiles, call.tokens, lanes, packed, dim).transpose(1, 2)
+        )
+        y = torch.nn.functional.scaled_dot_product_attention(tile, k, v, attn_mask=call.mask, scale=scale)
+        y = y[:, :, :used].reshape(tiles, parts, lanes // parts, call.tokens, packed, dim)
+        y = y.permute(1, 0, 3, 2, 4, 5).reshape(parts, tiles * call.tokens, -1)
+        out.index_copy_(1, call.query[: call.keep], y[:, : call.keep])
+    return out
+
+
+def _head_split(group: int) -> int:
+    """Pieces a group of query heads is cut into so that each fits a tile."""
+    return next(n for n in range(1, group + 1) if group % n == 0 and group // n <= TILE)
+
+
+def _allowed(positions: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
+    """Which of `length` KV positions each query position sees: [..., L] for positions [...]."""
+    at = torch.arange(length)
+    seen = at <= positions[..., None]
+    if window is not None:
+        seen &= at > positions[..., None] - window
+    return seen
+
+
+def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))

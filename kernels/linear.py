@@ -1,0 +1,148 @@
+"""Linear layers: y = x @ w.T for weights kept as int4 groups, bf16 or fp32.
+
+The rule of rows on a CPU stands on measured behaviour of torch's operators (docs/numerics.md):
+
+* `_weight_int4pack_mm_for_cpu` computes rows and columns independently of each other, so it takes any number
+  of rows, and columns of several units in one call.
+* A dense bf16 product is called with exactly 16 rows, padded, so that one kernel with one order of K serves
+  every batch. Its columns are those of one unit, whoever holds it.
+* A dense fp32 product is called likewise and its K is cut into chunks of 256, added in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+TILE = 16  # rows of one dense call
+K_CHUNK = 256  # columns of K in one dense fp32 call
+INT4_GROUPS = (32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """w[n, k] = (code[n, k] - 8) * scale + zero, bf16 scale and zero a group of k."""
+
+    packed: torch.Tensor  # uint8 [N, K / 2], in the operator's own order
+    scales_and_zeros: torch.Tensor  # bf16 [K / group, N, 2]
+    group: int
+    out_features: int
+    in_features: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scales_and_zeros.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Bf16Weight:
+    packed: torch.Tensor  # [N, K] in oneDNN's blocked order where the build has it, else plain
+    blocked: bool
+    out_features: int
+    in_features: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.out_features * self.in_features * 2
+
+
+@dataclass(frozen=True, slots=True)
+class Fp32Weight:
+    chunks: tuple[torch.Tensor, ...]  # fp32 [N, <= 256] each, covering K in order
+    out_features: int
+    in_features: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(chunk.nbytes for chunk in self.chunks)
+
+
+Weight = Int4Weight | Bf16Weight | Fp32Weight
+
+
+def int4_takes(out_features: int, in_features: int, group: int) -> bool:
+    """Whether the int4 operator takes this shape: N of 16, K of 32 and of the group."""
+    return out_features % 16 == 0 and in_features % 32 == 0 and group in INT4_GROUPS and in_features % group == 0
+
+
+def pack_int4(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, group: int) -> Int4Weight:
+    """Pack codes [N, K] in 0..15 with w = code * scale + offset, scale and offset fp32 [N, K / group].
+
+    The operator keeps scale and zero = offset + 8 * scale in bf16: at most 2**-9 of each is lost.
+    Raises ValueError for a shape that `int4_takes` refuses.
+    """
+    n, k = codes.shape
+    if not int4_takes(n, k, group) or scales.shape != (n, k // group) or offsets.shape != scales.shape:
+        raise ValueError(
+            f"int4 weight: codes {tuple(codes.shape)}, scales {tuple(scales.shape)}, group {group} do not fit"
+        )
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    pair = torch.stack((scales.t(), (offsets + 8 * scales).t()), dim=-1).to(torch.bfloat16).contiguous()
+    return Int4Weight(packed, pair, group, n, k)
+
+
+def pack_bf16(weight: torch.Tensor) -> Bf16Weight:
+    """Keep a dense [N, K] weight in bf16, in the order that oneDNN multiplies fastest."""
+    n, k = weight.shape
+    plain = weight.to(torch.bfloat16).contiguous()
+    if _has_onednn_linear():
+        return Bf16Weight(torch.ops.mkldnn._reorder_linear_weight(plain, TILE), True, n, k)
+    return Bf16Weight(plain, False, n, k)
+
+
+def pack_fp32(weight: torch.Tensor) -> Fp32Weight:
+    n, k = weight.shape
+    full = weight.to(torch.float32)
+    chunks = tuple(full[:, at : at + K_CHUNK].contiguous() for at in range(0, k, K_CHUNK))
+    return Fp32Weight(chunks, n, k)
+
+
+def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """x [M, K] times weight [N, K] transposed -> [M, N].
+
+    x is bf16 for int4 and bf16 weights, fp32 for fp32 ones, and contiguous; the result has its type.
+    Raises ValueError naming what does not fit.
+    """
+    if x.ndim != 2 or x.shape[1] != weight.in_features:
+        raise ValueError(f"linear: x is {tuple(x.shape)}, the weight takes K = {weight.in_features}")
+    wanted = torch.float32 if isinstance(weight, Fp32Weight) else torch.bfloat16
+    if x.dtype != wanted or x.device.type != "cpu":
+        raise ValueError(f"linear: x is {x.dtype} on {x.device}, this weight takes {wanted} on the CPU")
+    if isinstance(weight, Int4Weight):
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), weight.packed, weight.group, weight.scales_and_zeros
+        )
+    product = _bf16_tile if isinstance(weight, Bf16Weight) else _fp32_tile
+    m = x.shape[0]
+    if m == TILE:
+        return product(x, weight)
+    whole = m - m % TILE
+    tiles = [product(x[at : at + TILE], weight) for at in range(0, whole, TILE)]
+    if m > whole:
+        padded = x.new_zeros(TILE, x.shape[1])
+        padded[: m - whole] = x[whole:]
+        tiles.append(product(padded, weight)[: m - whole])
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+
+def _bf16_tile(x: torch.Tensor, weight: Bf16Weight) -> torch.Tensor:
+    if weight.blocked:
+        return torch.ops.mkldnn._linear_pointwise(x, weight.packed, None, "none", [], None)
+    return torch.nn.functional.linear(x, weight.packed)
+
+
+def _fp32_tile(x: torch.Tensor, weight: Fp32Weight) -> torch.Tensor:
+    # A plain sum of products a chunk at a time: no fused multiply-add across chunks, one order of K.
+    total = torch.nn.functional.linear(x[:, :K_CHUNK], weight.chunks[0])
+    for i, chunk in enumerate(weight.chunks[1:], start=1):
+        total += torch.nn.functional.linear(x[:, i * K_CHUNK : (i + 1) * K_CHUNK].contiguous(), chunk)
+    return total
+
+
+def _has_onednn_linear() -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
