@@ -1,10 +1,11 @@
 """Attention over a paged KV cache, grouped-query heads packed into tiles of 16 rows.
 
 One tile is 16 query rows of one KV head: as many tokens as fit, each with all the query heads that read that
-head. Every tile of every step goes through the same call: 16 rows, KV padded to a multiple of 64, an additive
-mask. Called so, torch's CPU kernel gives a row the same bits whatever else stands in the tile, the batch
-or the padding (docs/numerics.md); called with the bare number of queries it does not.
-The kernel reduces KV in segments of 512 absolute positions, in order.
+head. Every tile of every step goes through the same call: 16 rows, KV padded to a multiple of 64 (bf16) or of
+512 (fp32), an additive mask. Called so, torch's CPU kernel gives a row the same bits whatever else stands in
+the tile, the batch or the padding (docs/numerics.md); called with the bare number of queries it does not.
+The kernel reduces KV in segments of 512 absolute positions, in order; its fp32 products also depend on how
+long the last segment is, hence the coarser padding.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 TILE = 16
-KV_PAD = 64
+KV_PAD = {torch.bfloat16: 64, torch.float32: 512}
 _MASK_LIMIT = 1 << 23  # mask elements of one call; longer work is cut into several calls
 
 
@@ -37,6 +38,12 @@ def tokens_per_tile(group: int) -> int:
     return max(1, TILE // group)
 
 
+def padded_blocks(positions: int, block_size: int, dtype: torch.dtype) -> int:
+    """Blocks that hold `positions` positions after padding. block_size divides 64 or is a multiple of it."""
+    pad = max(KV_PAD[dtype], block_size)
+    return -(-positions // pad) * pad // block_size
+
+
 def decode_call(
     rows: Sequence[int],
     positions: torch.Tensor,
@@ -46,7 +53,8 @@ def decode_call(
     window: int | None,
     dtype: torch.dtype,
 ) -> AttentionCall:
-    """One token of each of B sequences. positions int64 [B]; blocks int64 [B, n], unused entries 0."""
+    """One token of each of B sequences. positions int64 [B]; blocks int64 [B, n] with n
+    from `padded_blocks`, unused entries 0."""
     length = blocks.shape[1] * block_size
     allowed = _allowed(positions[:, None], length, window)  # [B, 1, L]
     mask = _additive(allowed, dtype)[:, :, None, :].expand(-1, 1, TILE, -1)
@@ -75,11 +83,10 @@ def chunk_calls(
         stop = min(length, (start + done) // 256 * 256 + 256 - start)
         if length - stop < tokens:
             stop = length
-        kv = -(-(start + stop) // KV_PAD) * KV_PAD
-        stop = min(stop, done + max(1, _MASK_LIMIT // (kv * TILE)) * tokens)
+        kv_blocks = padded_blocks(start + stop, block_size, dtype)
+        stop = min(stop, done + max(1, _MASK_LIMIT // (kv_blocks * block_size * TILE)) * tokens)
         tiles = -(-(stop - done) // tokens)
         real = torch.arange(done, done + tiles * tokens).clamp_(max=stop - 1)
-        kv_blocks = -(-kv // block_size)
         here = blocks[:kv_blocks]
         if here.shape[0] < kv_blocks:
             here = torch.nn.functional.pad(here, (0, kv_blocks - here.shape[0]))

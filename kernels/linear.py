@@ -63,7 +63,9 @@ Weight = Int4Weight | Bf16Weight | Fp32Weight
 
 def int4_takes(out_features: int, in_features: int, group: int) -> bool:
     """Whether the int4 operator takes this shape: N of 16, K of 32 and of the group."""
-    return out_features % 16 == 0 and in_features % 32 == 0 and group in INT4_GROUPS and in_features % group == 0
+    return (
+        out_features % 16 == 0 and in_features % 32 == 0 and group in INT4_GROUPS and in_features % group == 0
+    )
 
 
 def pack_int4(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, group: int) -> Int4Weight:

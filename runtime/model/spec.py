@@ -63,7 +63,9 @@ class _Fields:
     def fail(self, key: str, reason: str) -> BadModelFile:
         return BadModelFile(self.file, key, reason)
 
-    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_DIMENSION) -> int:
+    def integer(
+        self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_DIMENSION
+    ) -> int:
         value = self.values.get(key)
         if value is None:
             if default is None:

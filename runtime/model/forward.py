@@ -1,0 +1,162 @@
+"""The forward pass of one rank: tokens in, normalised hidden states of chosen rows out.
+
+Residual stream in fp32, everything between in the shard's type. Rows are independent of each other; ranks
+meet after the attention output, after the down projection, and for the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels.activation import silu_mul
+from kernels.attention import AttentionCall, paged_attention
+from kernels.embedding import rows
+from kernels.head import head_logits
+from kernels.linear import linear
+from kernels.norm import rms_norm
+from kernels.rope import rope_
+from runtime.model.communicator import Communicator
+from runtime.model.reduce import UnitSum
+from runtime.model.shard import Columns, Shard
+from runtime.model.spec import ModelSpec
+from runtime.model.units import rank_units
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's rows, flattened over sequences."""
+
+    tokens: torch.Tensor  # int64 [M]
+    positions: torch.Tensor  # int64 [M]
+    cache_rows: torch.Tensor  # int64 [M]: where each row's K and V go, block * block_size + offset
+    calls: Sequence[AttentionCall]
+    sampled: torch.Tensor  # int64 [S]: rows whose logits are wanted
+
+
+def rope_table(
+    spec: ModelSpec, factors: torch.Tensor | None, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and signed sin, fp32 [length, 1, D], for `kernels.rope`, computed in float64 on one thread.
+
+    Llama-3 scaling as Meta published it: wavelengths beyond original_context / low_freq_factor are
+    stretched by `factor`, those under original_context / high_freq_factor kept, between them blended.
+    """
+    half = spec.head_dim // 2
+    inverse = spec.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    if factors is not None:
+        inverse = inverse / factors.numpy().astype(np.float64)
+    if spec.rope_llama3 is not None:
+        scaling = spec.rope_llama3
+        turns = scaling.original_context * inverse / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        inverse = inverse * (smooth + (1 - smooth) / scaling.factor)
+    angles = np.arange(length, dtype=np.float64)[:, None] / spec.rope_linear * inverse
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    both = np.concatenate((cos, cos), axis=1), np.concatenate((-sin, sin), axis=1)
+    return torch.from_numpy(both[0])[:, None], torch.from_numpy(both[1])[:, None]
+
+
+class Forward:
+    """A shard bound to its KV cache and its group."""
+
+    def __init__(self, shard: Shard, cache: torch.Tensor, comm: Communicator, max_positions: int):
+        """cache [layers, blocks, block_size, 2, KV heads held, D], zero where never written."""
+        self.shard = shard
+        self.cache = cache
+        self.comm = comm
+        spec = shard.spec
+        self.cos, self.sin = rope_table(spec, shard.rope_factors, max_positions)
+        held = shard.units[shard.run[0] : shard.run[1]]
+        self.kv_heads = held[-1].kv_heads[1] - held[0].kv_heads[0]
+        self.heads = held[-1].heads[1] - held[0].heads[0]
+        self.scale = spec.head_dim**-0.5
+        no_ffn = [u.ffn[0] == u.ffn[1] for u in shard.units]
+        self.sum_attention = UnitSum([False] * len(shard.units), comm, shard.dtype)
+        self.sum_ffn = UnitSum(no_ffn, comm, shard.dtype)
+        runs = rank_units(len(shard.units), comm.size)
+        self.vocab_at = [shard.units[start].vocab[0] for start, _ in runs] + [spec.vocab]
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Run the layers over a batch; the KV cache is written. Returns normalised fp32 [S, H] of the
+        sampled rows."""
+        shard, spec = self.shard, self.shard.spec
+        x = self._embed(batch.tokens)
+        cos = self.cos.index_select(0, batch.positions)
+        sin = self.sin.index_select(0, batch.positions)
+        for index, layer in enumerate(shard.layers):
+            h = rms_norm(x, layer.attention_norm, spec.norm_eps, shard.dtype)
+            attended = self._attend(h, index, cos, sin, batch)
+            partials = {
+                shard.run[0] + u: linear(attended[u], weight)
+                for u, weight in enumerate(layer.attention_output)
+            }
+            x += self.sum_attention(partials, x.shape[0], spec.hidden)
+            h = rms_norm(x, layer.ffn_norm, spec.norm_eps, shard.dtype)
+            partials = {}
+            for u, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
+                if gate_up is not None and down is not None:
+                    y = columns(h, gate_up)
+                    width = gate_up.width // 2
+                    inner = torch.empty(x.shape[0], width, dtype=shard.dtype)
+                    silu_mul(y[:, :width], y[:, width:], out=inner)
+                    partials[shard.run[0] + u] = linear(inner, down)
+            x += self.sum_ffn(partials, x.shape[0], spec.hidden)
+        return rms_norm(x.index_select(0, batch.sampled), shard.output_norm, spec.norm_eps, torch.float32)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """hidden fp32 [S, H] -> fp32 logits [S, V] at rank 0, None elsewhere."""
+        share = torch.cat([head_logits(hidden, head) for head in self.shard.heads], dim=1)
+        if self.comm.size == 1:
+            return share
+        widths = [b - a for a, b in zip(self.vocab_at, self.vocab_at[1:], strict=False)]
+        rows_ = hidden.shape[0]
+        gathered = self.comm.gather(share.view(-1).view(torch.uint8), [rows_ * width * 4 for width in widths])
+        if gathered is None:
+            return None
+        parts = [g.view(torch.float32).view(rows_, -1) for g in gathered]
+        return torch.cat(parts, dim=1)
+
+    def _attend(
+        self, h: torch.Tensor, index: int, cos: torch.Tensor, sin: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """Attention of one layer -> [units held, M, heads of a unit * D]."""
+        spec, m, d = self.shard.spec, h.shape[0], self.shard.spec.head_dim
+        qkv = columns(h, self.shard.layers[index].qkv)
+        turned = (self.heads + self.kv_heads) * d
+        rope_(qkv[:, :turned].view(m, -1, d), cos, sin)
+        cache = self.cache[index]
+        flat = cache.view(-1, 2 * self.kv_heads * d)
+        flat.index_copy_(0, batch.cache_rows, qkv[:, self.heads * d :])
+        q = qkv[:, : self.heads * d].view(m, self.kv_heads, spec.heads // spec.kv_heads, d)
+        units = self.shard.run[1] - self.shard.run[0]
+        out = torch.empty(units, m, self.heads * d // units, dtype=self.shard.dtype)
+        return paged_attention(q, cache, batch.calls, self.scale, out)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """fp32 [M, H]. A rank looks up the tokens of its share of the vocabulary; ranks swap the rows."""
+        if self.comm.size == 1:
+            return rows(self.shard.embedding, tokens)
+        owner = torch.bucketize(tokens, torch.tensor(self.vocab_at[1:-1]), right=True)
+        mine = rows(self.shard.embedding, tokens[owner == self.comm.rank] - self.shard.vocab[0])
+        width = self.shard.spec.hidden
+        counts = torch.bincount(owner, minlength=self.comm.size).tolist()
+        payloads = self.comm.all_gather(
+            mine.reshape(-1).view(torch.uint8), [count * width * 4 for count in counts]
+        )
+        x = torch.empty(tokens.shape[0], width)
+        for rank, payload in enumerate(payloads):
+            if counts[rank]:
+                x[owner == rank] = payload.view(torch.float32).view(-1, width)
+        return x
+
+
+def columns(x: torch.Tensor, weights: Columns) -> torch.Tensor:
+    """x [M, K] through weights side by side -> [M, width]."""
+    if len(weights.parts) == 1:
+        return linear(x, weights.parts[0])
+    return torch.cat([linear(x, part) for part in weights.parts], dim=1)

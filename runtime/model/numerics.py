@@ -1,0 +1,44 @@
+"""The short name for whatever may change a bit of a reply. Equal names promise equal bits.
+
+Covered: the processor's instruction set, the torch version, the sources of the operations and of the model
+and sampling code, the types of activations and KV, the operator of each weight, attention's segment and U.
+Not covered, because nothing of it may matter: ranks, threads, batches, chunks, caches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import kernels
+
+_HASHED = ("model", "sampling", "weights")
+
+
+def numerics_name(*, dtype: torch.dtype, dense_ffn: bool, units: int, quantize: str | None) -> str:
+    """For example `cpu.avx512-amx/torch2.13.0/5f0c9a1d/bf16.kv-bf16.int4+ffn-bf16/u3`."""
+    kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+    weights = "fp32" if kind == "fp32" else "int4+ffn-bf16" if dense_ffn else "int4"
+    if quantize:
+        weights += f".{quantize}"
+    version = torch.__version__.split("+")[0]
+    return f"cpu.{_instruction_set()}/torch{version}/{_sources()}/{kind}.kv-{kind}.{weights}/u{units}"
+
+
+def _instruction_set() -> str:
+    level = torch.backends.cpu.get_cpu_capability().lower()
+    return level + ("-amx" if torch.cpu._is_amx_tile_supported() else "")
+
+
+@cache
+def _sources() -> str:
+    digest = hashlib.sha256()
+    folders = [Path(kernels.__file__).parent]
+    folders += [Path(__file__).parent.parent / name for name in _HASHED]
+    for folder in folders:
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:8]

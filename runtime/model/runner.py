@@ -1,0 +1,156 @@
+"""Executes step plans on one rank: keeps the state of sequences, runs the model, samples.
+
+Every rank holds every sequence's tokens and block table; rank 0 samples and tells the others. A plan may
+name tokens that its maker does not know yet: they were sampled here, by an earlier plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from kernels.attention import AttentionCall, chunk_calls, decode_call, padded_blocks
+from runtime.model.communicator import Communicator
+from runtime.model.forward import Batch, Forward
+from runtime.model.shard import Shard
+from runtime.sampling.sampler import SamplerState, sample
+from runtime.types import Chunk, SampledToken, SequenceStart, StepPlan, StepResult
+
+
+@dataclass(slots=True)
+class _Sequence:
+    tokens: list[int]
+    sampler: SamplerState | None  # rank 0 only
+    wants_logprobs: bool
+    blocks: list[int] = field(default_factory=list)
+
+
+class Runner:
+    """One rank of a group. Calls must be made in the same order on every rank."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        comm: Communicator,
+        *,
+        total_blocks: int,
+        block_size: int,
+        max_positions: int,
+    ):
+        spec = shard.spec
+        held = shard.units[shard.run[0] : shard.run[1]]
+        kv_heads = held[-1].kv_heads[1] - held[0].kv_heads[0]
+        # Zeros, not garbage: masked positions are multiplied by exact zeros, which a NaN would survive.
+        cache = torch.zeros(
+            spec.layers, total_blocks, block_size, 2, kv_heads, spec.head_dim, dtype=shard.dtype
+        )
+        self.forward = Forward(shard, cache, comm, max_positions)
+        self.comm = comm
+        self.block_size = block_size
+        self._group = spec.heads // spec.kv_heads
+        self._window = spec.sliding_window
+        self._sequences: dict[int, _Sequence] = {}
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.forward.cache.nbytes
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one plan. Rank 0 returns what was sampled; the others return the tokens alone."""
+        for slot in plan.ends:
+            del self._sequences[slot]
+        for start in plan.starts:
+            self._sequences[start.slot] = self._begin(start)
+        for chunk in plan.chunks:
+            self._sequences[chunk.slot].blocks.extend(chunk.new_blocks)
+        if not plan.chunks:
+            return StepResult(plan.step, ())
+        hidden = self.forward.hidden(self._batch(plan.chunks))
+        chosen = [chunk for chunk in plan.chunks if chunk.samples]
+        if not chosen:
+            return StepResult(plan.step, ())
+        logits = self.forward.logits(hidden)
+        sampled = self._sample(chosen, logits)
+        for choice in sampled:
+            sequence = self._sequences[choice.slot]
+            sequence.tokens.append(choice.token)
+            if sequence.sampler is not None:
+                sequence.sampler.append(choice.token)
+        return StepResult(plan.step, sampled)
+
+    def _begin(self, start: SequenceStart) -> _Sequence:
+        sampler = None
+        if self.comm.rank == 0:
+            prompt, reply = start.tokens[: start.prompt_length], start.tokens[start.prompt_length :]
+            vocab = self.forward.shard.spec.vocab
+            sampler = SamplerState(start.params, prompt, reply, start.stop_ids, vocab)
+        return _Sequence(list(start.tokens), sampler, start.params.logprobs is not None)
+
+    def _sample(self, chunks: list[Chunk], logits: torch.Tensor | None) -> tuple[SampledToken, ...]:
+        if logits is not None:
+            states = [self._sequences[chunk.slot].sampler for chunk in chunks]
+            choices = sample(logits, states, [chunk.start + chunk.length for chunk in chunks])
+            if self.comm.size > 1:
+                ids = torch.tensor([choice.token for choice in choices], dtype=torch.int64)
+                self.comm.broadcast(ids.view(torch.uint8), ids.nbytes)
+            return tuple(
+                SampledToken(chunk.slot, choice.token, choice.logprob, choice.top)
+                for chunk, choice in zip(chunks, choices, strict=True)
+            )
+        ids = self.comm.broadcast(None, 8 * len(chunks)).view(torch.int64).tolist()
+        return tuple(SampledToken(chunk.slot, token) for chunk, token in zip(chunks, ids, strict=True))
+
+    def _batch(self, chunks: tuple[Chunk, ...]) -> Batch:
+        """Flatten a plan's chunks to rows, single tokens first into shared attention calls."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        blocks: list[int] = []
+        sampled: list[int] = []
+        calls: list[AttentionCall] = []
+        lone: list[tuple[int, int, list[int]]] = []  # (row, position, block table)
+        spec = {
+            "block_size": self.block_size,
+            "window": self._window,
+            "dtype": self.forward.shard.dtype,
+        }
+        for chunk in chunks:
+            sequence = self._sequences[chunk.slot]
+            first, stop = len(tokens), chunk.start + chunk.length
+            tokens += sequence.tokens[chunk.start : stop]
+            positions += range(chunk.start, stop)
+            blocks += [sequence.blocks[p // self.block_size] for p in range(chunk.start, stop)]
+            if len(tokens) - first != chunk.length:
+                raise ValueError(f"slot {chunk.slot}: tokens up to {stop} are not known to this rank")
+            if chunk.samples:
+                sampled.append(len(tokens) - 1)
+            if chunk.length == 1:
+                lone.append((first, chunk.start, sequence.blocks))
+            else:
+                table = torch.tensor(sequence.blocks[: -(-stop // self.block_size)])
+                calls += chunk_calls(first, chunk.start, chunk.length, table, group=self._group, **spec)
+        calls += self._decode_calls(lone, spec)
+        at = torch.tensor(positions)
+        cache_rows = torch.tensor(blocks) * self.block_size + at % self.block_size
+        return Batch(torch.tensor(tokens), at, cache_rows, calls, torch.tensor(sampled, dtype=torch.int64))
+
+    def _decode_calls(self, lone: list[tuple[int, int, list[int]]], spec: dict) -> list[AttentionCall]:
+        """Group single tokens of similar KV length, so that padding at most doubles the work."""
+        dtype = self.forward.shard.dtype
+        buckets: dict[int, list[tuple[int, int, list[int]]]] = {}
+        for entry in lone:
+            needed = padded_blocks(entry[1] + 1, self.block_size, dtype)
+            buckets.setdefault(needed.bit_length(), []).append(entry)
+        calls = []
+        for entries in buckets.values():
+            longest = max(entry[1] for entry in entries) + 1
+            table = np.zeros((len(entries), padded_blocks(longest, self.block_size, dtype)), np.int64)
+            for i, (_, position, owned) in enumerate(entries):
+                count = position // self.block_size + 1
+                table[i, :count] = owned[:count]
+            rows = [entry[0] for entry in entries]
+            at = torch.tensor([entry[1] for entry in entries])
+            calls.append(decode_call(rows, at, torch.from_numpy(table), **spec))
+        return calls
