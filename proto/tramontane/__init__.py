@@ -1,0 +1,44 @@
+"""The client of Tramontane's gRPC API. Start at `Client` or `AsyncClient`; the contract is in v1/*.proto."""
+
+from tramontane.client import AsyncClient, AsyncStream, Client, Stream
+from tramontane.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Error,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    Unavailable,
+)
+from tramontane.types import (
+    Candidate,
+    Chunk,
+    FinishReason,
+    Load,
+    Model,
+    Reply,
+    TokenLogprobs,
+    Usage,
+)
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "Cancelled",
+    "Candidate",
+    "Chunk",
+    "Client",
+    "DeadlineExceeded",
+    "Error",
+    "FinishReason",
+    "InvalidRequest",
+    "Load",
+    "Model",
+    "ModelNotFound",
+    "Overloaded",
+    "Reply",
+    "Stream",
+    "TokenLogprobs",
+    "Unavailable",
+    "Usage",
+]

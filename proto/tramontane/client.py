@@ -1,0 +1,309 @@
+"""Clients of a Tramontane server, blocking and asynchronous.
+
+    from tramontane import Client
+
+    with Client("127.0.0.1:50051") as client:
+        print(client.generate("Once upon a time", max_tokens=50, seed=7).text)
+        with client.stream_chat([{"role": "user", "content": "Hello!"}]) as stream:
+            for chunk in stream:
+                print(chunk.text, end="", flush=True)
+        print(stream.reply.usage)
+
+Each asks for a reply in two ways: `generate` and `chat` return it whole, `stream_generate` and
+`stream_chat` as it grows. Options are those of messages.Options; all failures are errors.Error. Needs
+grpcio and protobuf alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Unpack
+
+import grpc
+
+from tramontane import messages as make
+from tramontane.errors import Cancelled, Error, from_rpc
+from tramontane.messages import Messages, Options, Prompt
+from tramontane.types import Chunk, Load, Model, Reply
+from tramontane.v1 import inference_service_pb2 as pb
+from tramontane.v1.inference_service_pb2_grpc import InferenceServiceStub
+
+# A stream may be silent for minutes while it waits or prefills; pings keep what lies between from
+# cutting it, and find out when the server is gone.
+_CHANNEL = [
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+class Stream:
+    """A reply that grows: iterate for its chunks. Leaving its `with` block early cancels it."""
+
+    def __init__(self, call: grpc.Call):
+        self._call = call
+        self._gathered = make.Gathered()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        try:
+            return self._gathered.add(next(self._call))
+        except grpc.RpcError as error:
+            raise from_rpc(error) from None
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    @property
+    def reply(self) -> Reply | None:
+        """The whole reply once the last chunk has come, else None. Stands even where the stream then
+        failed: its finish_reason and counts say how far it got."""
+        return self._gathered.reply()
+
+    def result(self) -> Reply:
+        """Read to the end; the whole reply."""
+        for _ in self:
+            pass
+        return _whole(self.reply)
+
+    def cancel(self) -> None:
+        """Stop the reply and free what it holds on the server. Does nothing to one that has ended."""
+        self._call.cancel()
+
+
+class Client:
+    """A blocking client; any number of threads may share it. `target` is HOST:PORT.
+
+    `timeout` of every call is in seconds, None for no limit. Raises errors.Error.
+    """
+
+    def __init__(self, target: str):
+        self._channel = grpc.insecure_channel(target, options=_CHANNEL)
+        self._stub = InferenceServiceStub(self._channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; running calls are cancelled."""
+        self._channel.close()
+
+    def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]) -> Reply:
+        """Continue `prompt`, a text or token ids."""
+        return self.stream_generate(prompt, timeout=timeout, **options).result()
+
+    def chat(self, messages: Messages, *, timeout: float | None = None, **options: Unpack[Options]) -> Reply:
+        """Answer a conversation: messages with "role" and "content", oldest first."""
+        return self.stream_chat(messages, timeout=timeout, **options).result()
+
+    def stream_generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Stream:
+        """As `generate`, while the reply grows."""
+        return Stream(self._stub.Generate(make.prompt_request(prompt, options), timeout=timeout))
+
+    def stream_chat(
+        self, messages: Messages, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Stream:
+        """As `chat`, while the reply grows."""
+        return Stream(self._stub.Generate(make.chat_request(messages, options), timeout=timeout))
+
+    def tokenize(
+        self,
+        text_or_messages: str | Messages,
+        *,
+        model: str = "",
+        add_special: bool = True,
+        parse_special: bool = False,
+        timeout: float | None = None,
+    ) -> list[int]:
+        """Tokens of a text, or of the prompt that a conversation makes."""
+        request = make.tokenize_request(text_or_messages, model, add_special, parse_special)
+        return list(self._call(self._stub.Tokenize, request, timeout).token_ids)
+
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        model: str = "",
+        skip_special: bool = True,
+        timeout: float | None = None,
+    ) -> str:
+        """Text of tokens."""
+        request = make.detokenize_request(token_ids, model, skip_special)
+        return self._call(self._stub.Detokenize, request, timeout).text
+
+    def model(self, name: str = "", *, timeout: float | None = None) -> Model:
+        """What is known of a model; "" is the one that is served."""
+        return make.model(self._call(self._stub.GetModel, pb.GetModelRequest(model=name), timeout).model)
+
+    def models(self, *, timeout: float | None = None) -> list[Model]:
+        """The models that are served."""
+        reply = self._call(self._stub.ListModels, pb.ListModelsRequest(), timeout)
+        return [make.model(message) for message in reply.models]
+
+    def load(self, *, timeout: float | None = None) -> Load:
+        """How busy the engine is."""
+        return make.load(self._call(self._stub.GetLoad, pb.GetLoadRequest(), timeout))
+
+    @staticmethod
+    def _call(method, request, timeout: float | None):
+        try:
+            return method(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from None
+
+
+class AsyncStream:
+    """A reply that grows: iterate with `async for`. Leaving its `async with` block early cancels it."""
+
+    def __init__(self, call: grpc.aio.UnaryStreamCall):
+        self._call = call
+        self._cancelled = False
+        self._gathered = make.Gathered()
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        try:
+            message = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from None
+        except asyncio.CancelledError:
+            # grpcio raises this both where the awaiting task was cancelled and where the call was.
+            if not self._cancelled:
+                raise
+            raise Cancelled("the call was cancelled", grpc.StatusCode.CANCELLED) from None
+        if message is grpc.aio.EOF:
+            raise StopAsyncIteration
+        return self._gathered.add(message)
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+    @property
+    def reply(self) -> Reply | None:
+        """As Stream.reply."""
+        return self._gathered.reply()
+
+    async def result(self) -> Reply:
+        """Read to the end; the whole reply."""
+        async for _ in self:
+            pass
+        return _whole(self.reply)
+
+    def cancel(self) -> None:
+        """As Stream.cancel."""
+        self._cancelled = True
+        self._call.cancel()
+
+
+class AsyncClient:
+    """The same for asyncio: make it and use it within one event loop. See Client."""
+
+    def __init__(self, target: str):
+        self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL)
+        self._stub = InferenceServiceStub(self._channel)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """As Client.close."""
+        await self._channel.close()
+
+    async def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Reply:
+        """As Client.generate. Cancelling the task cancels the request."""
+        async with self.stream_generate(prompt, timeout=timeout, **options) as stream:
+            return await stream.result()
+
+    async def chat(
+        self, messages: Messages, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Reply:
+        """As Client.chat. Cancelling the task cancels the request."""
+        async with self.stream_chat(messages, timeout=timeout, **options) as stream:
+            return await stream.result()
+
+    def stream_generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> AsyncStream:
+        """As Client.stream_generate."""
+        return AsyncStream(self._stub.Generate(make.prompt_request(prompt, options), timeout=timeout))
+
+    def stream_chat(
+        self, messages: Messages, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> AsyncStream:
+        """As Client.stream_chat."""
+        return AsyncStream(self._stub.Generate(make.chat_request(messages, options), timeout=timeout))
+
+    async def tokenize(
+        self,
+        text_or_messages: str | Messages,
+        *,
+        model: str = "",
+        add_special: bool = True,
+        parse_special: bool = False,
+        timeout: float | None = None,
+    ) -> list[int]:
+        """As Client.tokenize."""
+        request = make.tokenize_request(text_or_messages, model, add_special, parse_special)
+        return list((await self._call(self._stub.Tokenize, request, timeout)).token_ids)
+
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        model: str = "",
+        skip_special: bool = True,
+        timeout: float | None = None,
+    ) -> str:
+        """As Client.detokenize."""
+        request = make.detokenize_request(token_ids, model, skip_special)
+        return (await self._call(self._stub.Detokenize, request, timeout)).text
+
+    async def model(self, name: str = "", *, timeout: float | None = None) -> Model:
+        """As Client.model."""
+        reply = await self._call(self._stub.GetModel, pb.GetModelRequest(model=name), timeout)
+        return make.model(reply.model)
+
+    async def models(self, *, timeout: float | None = None) -> list[Model]:
+        """As Client.models."""
+        reply = await self._call(self._stub.ListModels, pb.ListModelsRequest(), timeout)
+        return [make.model(message) for message in reply.models]
+
+    async def load(self, *, timeout: float | None = None) -> Load:
+        """As Client.load."""
+        return make.load(await self._call(self._stub.GetLoad, pb.GetLoadRequest(), timeout))
+
+    @staticmethod
+    async def _call(method, request, timeout: float | None):
+        try:
+            return await method(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from None
+
+
+def _whole(reply: Reply | None) -> Reply:
+    if reply is None:
+        raise Error("the server ended the stream without its last message")
+    return reply

@@ -1,0 +1,108 @@
+"""What a client is given: plain frozen dataclasses, no protobuf in them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class FinishReason(enum.Enum):
+    """Why a reply ended."""
+
+    STOP = "stop"  # an end-of-sequence or stop token, or a stop string
+    LENGTH = "length"  # max_tokens, or the end of the context
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that might have been chosen; `logprob` is natural, before temperature and filters."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Of one token of a reply: its own log probability and the most likely candidates, best first."""
+
+    logprob: float
+    top: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. `cached_tokens` of the prompt were already computed for an earlier request."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a reply that streams. Texts joined are the reply's text; either may be empty, since text
+    may come later than its tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole reply.
+
+    `seed` with the same `numerics`, prompt and parameters gives the same reply again, bit for bit. With
+    STOP, one of `stop_string` and `stop_token_id` says what matched. `logprobs` has an entry a token where
+    they were asked for, else none.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason
+    stop_string: str | None
+    stop_token_id: int | None
+    usage: Usage
+    seed: int
+    numerics: str
+    model: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A served model. Counts are of tokens, ranks, KV blocks and sequences; see the .proto."""
+
+    name: str
+    numerics: str
+    context_length: int
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    tp: int
+    units: int
+    block_size: int
+    total_blocks: int
+    max_num_seqs: int
+    rank_nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A moment of the engine behind the server; see GetLoadResponse in the .proto."""
+
+    running: int
+    waiting: int
+    queued_tokens: int
+    free_blocks: int
+    total_blocks: int
+    cached_blocks: int
+    steps: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    open_streams: int

@@ -1,0 +1,74 @@
+"""The pieces of one stream that its reader has not taken yet.
+
+The engine's side never waits: a reader that is slow gets its pieces merged, and one that falls too far
+behind loses its stream, so that memory is bounded and others are not held up.
+"""
+
+import asyncio
+from collections import deque
+
+from runtime.server.pipeline import Piece
+from runtime.server.statuses import SlowReader
+
+_LARGEST_WRITE = 8192  # weight of one merged piece: about 200 KB, well below any message limit
+
+
+class Backlog:
+    """A queue of one producer and one consumer in one event loop.
+
+    A piece weighs as many units as it has tokens and alternatives; a unit is about 100 bytes here.
+    """
+
+    def __init__(self, limit: int):
+        """`limit`: most units that may wait."""
+        self._limit = limit
+        self._weight = 0
+        self._pieces: deque[Piece] = deque()
+        self._closed = False
+        self._error: BaseException | None = None
+        self._changed = asyncio.Event()
+
+    def put(self, piece: Piece) -> None:
+        """Add a piece. Raises SlowReader if too much waits."""
+        self._weight += _weight(piece)
+        if self._weight > self._limit:
+            raise SlowReader(f"the reader is {self._weight} tokens behind; read the stream faster")
+        self._pieces.append(piece)
+        self._changed.set()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """No more pieces will come. The consumer first gets what waits, then `error` if there is one."""
+        self._closed = True
+        self._error = error
+        self._changed.set()
+
+    async def take(self) -> Piece | None:
+        """All that waits, merged, up to the size of a write; None at the end. Raises close's error."""
+        while not self._pieces:
+            if self._closed:
+                if self._error is not None:
+                    raise self._error
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        taken = [self._pieces.popleft()]
+        weight = _weight(taken[0])
+        while self._pieces and weight + _weight(self._pieces[0]) <= _LARGEST_WRITE:
+            weight += _weight(self._pieces[0])
+            taken.append(self._pieces.popleft())
+        self._weight -= weight
+        return taken[0] if len(taken) == 1 else merge(taken)
+
+
+def merge(pieces: list[Piece]) -> Piece:
+    """Consecutive pieces as one. Only the last may have a `final`."""
+    return Piece(
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        final=pieces[-1].final,
+    )
+
+
+def _weight(piece: Piece) -> int:
+    return 1 + len(piece.token_ids) + sum(len(entry.top) for entry in piece.logprobs)

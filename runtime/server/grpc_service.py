@@ -1,0 +1,158 @@
+"""tramontane.v1.InferenceService on a Pipeline: one method a call of the contract.
+
+Raises TramontaneErrors; guard.py makes statuses of them. Knows nothing of ports and processes.
+"""
+
+import asyncio
+import enum
+import logging
+import secrets
+from contextlib import aclosing
+
+import grpc
+from tramontane.v1 import inference_service_pb2 as pb
+from tramontane.v1 import inference_service_pb2_grpc
+
+from runtime.errors import InvalidArgument, NotFound, QueueFull, Unavailable
+from runtime.server import convert
+from runtime.server.backlog import Backlog
+from runtime.server.pipeline import Completion, Final, Pipeline
+from runtime.server.statuses import Cancelled, DeadlineExceeded
+from runtime.types import FinishReason
+
+log = logging.getLogger(__name__)
+
+
+class Admission(enum.Enum):
+    """Whether new replies may begin. The value tells a client why not."""
+
+    STARTING = "the model is not ready yet"
+    OPEN = ""
+    DRAINING = "the server is shutting down"
+
+
+class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
+    """`admission` and `open_streams` are for the server that owns this."""
+
+    def __init__(self, pipeline: Pipeline, *, max_streams: int, max_lag: int):
+        """`max_streams`: replies that may be open at once. `max_lag`: tokens and alternatives that a
+        stream's reader may be behind before it loses the stream."""
+        self.admission = Admission.STARTING
+        self.open_streams = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._pipeline = pipeline
+        self._max_streams = max_streams
+        self._max_lag = max_lag
+
+    async def Generate(self, request, context: grpc.aio.ServicerContext) -> None:
+        self._check_model(request.model)
+        self._admit()
+        self.open_streams += 1
+        self._idle.clear()
+        try:
+            request_id = secrets.token_hex(8)
+            completion = convert.completion(request, request_id, context.time_remaining())
+            await self._stream(completion, context)
+        except InvalidArgument as error:
+            raise convert.contract_field(error) from None
+        finally:
+            self.open_streams -= 1
+            if self.open_streams == 0:
+                self._idle.set()
+
+    async def Tokenize(self, request, context):
+        self._check_model(request.model)
+        form = request.WhichOneof("input")
+        if form is None:
+            raise InvalidArgument("input", "send one of text and messages")
+        if form == "messages":
+            ids = await asyncio.to_thread(self._pipeline.encode_chat, convert.messages(request.messages))
+        else:
+            ids = await asyncio.to_thread(
+                self._pipeline.encode_text,
+                request.text,
+                add_special=request.add_special if request.HasField("add_special") else True,
+                parse_special=request.parse_special,
+            )
+        return pb.TokenizeResponse(token_ids=ids)
+
+    async def Detokenize(self, request, context):
+        self._check_model(request.model)
+        skip_special = request.skip_special if request.HasField("skip_special") else True
+        text = await asyncio.to_thread(
+            self._pipeline.decode, tuple(request.token_ids), skip_special=skip_special
+        )
+        return pb.DetokenizeResponse(text=text)
+
+    async def GetModel(self, request, context):
+        self._check_model(request.model)
+        return pb.GetModelResponse(model=self._model())
+
+    async def ListModels(self, request, context):
+        return pb.ListModelsResponse(models=[self._model()])
+
+    async def GetLoad(self, request, context):
+        return convert.load(await self._pipeline.client.load(), self.open_streams)
+
+    async def wait_idle(self) -> None:
+        """Return when no stream is open."""
+        await self._idle.wait()
+
+    async def _stream(self, completion: Completion, context: grpc.aio.ServicerContext) -> None:
+        """Write a reply. The pipeline is read by a task of its own, so that a client that does not read
+        holds up its own stream alone."""
+        backlog = Backlog(self._max_lag)
+        pump = asyncio.create_task(_pump(self._pipeline, completion, backlog))
+        # However this ends, the request must not live on in the engine; depending on where the handler
+        # waits, a cancelled call shows as different exceptions, and the callback needs none of them.
+        context.add_done_callback(lambda _: pump.cancel())
+        model = self._pipeline.info.model
+        try:
+            while (piece := await backlog.take()) is not None:
+                await context.write(convert.response(piece, completion.request_id, model))
+                if piece.final is not None:
+                    _raise_unless_complete(piece.final)
+        finally:
+            pump.cancel()
+            await asyncio.wait([pump])
+
+    def _admit(self) -> None:
+        if self.admission is not Admission.OPEN:
+            raise Unavailable(self.admission.value)
+        if self.open_streams >= self._max_streams:
+            raise QueueFull(1.0, f"{self.open_streams} streams are open, the most this server takes")
+
+    def _check_model(self, name: str) -> None:
+        served = self._pipeline.info.model
+        if name not in ("", served):
+            raise NotFound("model", name, f"this server serves {served!r}")
+
+    def _model(self) -> pb.Model:
+        tokenizer = self._pipeline.tokenizer
+        return convert.model(self._pipeline.info, tokenizer.bos_id, tuple(tokenizer.eos_ids))
+
+
+async def _pump(pipeline: Pipeline, completion: Completion, backlog: Backlog) -> None:
+    """Move a reply's pieces into the backlog as they come. Errors go to the backlog's reader."""
+    try:
+        async with aclosing(pipeline.run(completion)) as pieces:
+            async for piece in pieces:
+                backlog.put(piece)
+    except BaseException as error:
+        backlog.close(error)
+        if not isinstance(error, Exception):
+            raise
+    else:
+        backlog.close()
+
+
+def _raise_unless_complete(final: Final) -> None:
+    """After the last message of a reply that was cut off, the stream ends with the status of why."""
+    match final.finish_reason:
+        case FinishReason.CANCELLED:
+            raise Cancelled("the request was cancelled on the server")
+        case FinishReason.DEADLINE:
+            raise DeadlineExceeded("the request's deadline passed")
+        case FinishReason.ERROR:
+            raise Unavailable(final.detail or "the engine failed; the same seed gives the same reply again")

@@ -1,0 +1,183 @@
+"""The gRPC server from bind to drain.
+
+    serve()  binds and answers; health of the service is NOT_SERVING, replies are refused
+    ready()  a real forward step has passed: SERVING
+    drain()  NOT_SERVING, new replies refused, running ones finish, then the server stops
+    stop()   now
+
+Health of "" is SERVING as long as the process answers at all: a process that drains is not a dead one.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from tramontane.v1 import inference_service_pb2, inference_service_pb2_grpc
+
+from runtime.errors import InvalidArgument, NotEnough
+from runtime.server.grpc_service import Admission, InferenceService
+from runtime.server.guard import Guard
+from runtime.server.pipeline import Pipeline
+from runtime.server.reflection import add_reflection
+
+log = logging.getLogger(__name__)
+
+SERVICE = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+# After the last reply ended, its final bytes and calls that are not replies still need a moment.
+_LAST_CALLS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one gateway takes upon itself."""
+
+    max_message_bytes: int = 8 << 20  # of a request; a prompt of 10^6 tokens is about 4 MB
+    max_streams: int = 1024  # replies open at once; more are refused with QueueFull
+    max_lag: int = 1 << 16  # tokens and alternatives a reader may be behind: about 8 MB
+
+
+async def serve(
+    pipeline: Pipeline, *, host: str = "127.0.0.1", port: int = 50051, limits: Limits | None = None
+) -> "Server":
+    """Start a server; port 0 takes any free one.
+
+    Raises NotEnough for a port that cannot be had, InvalidArgument for a host that is not of this machine.
+    """
+    limits = limits or Limits()
+    _check_address(host, port)
+    server = grpc.aio.server(interceptors=[Guard()], options=channel_options(limits))
+    service = InferenceService(pipeline, max_streams=limits.max_streams, max_lag=limits.max_lag)
+    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
+    healths = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healths, server)
+    add_reflection(server, [SERVICE, health.SERVICE_NAME])
+    try:
+        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    except RuntimeError:
+        raise _busy(host, port) from None
+    await server.start()
+    running = Server(host, bound, server, service, healths)
+    await running.not_ready()
+    return running
+
+
+class Server:
+    """A running server. `port` is the one it is bound to."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        server: grpc.aio.Server,
+        service: InferenceService,
+        healths: health.aio.HealthServicer,
+    ):
+        self.host = host
+        self.port = port
+        self._server = server
+        self._service = service
+        self._healths = healths
+
+    async def ready(self) -> None:
+        """Take requests: the engine has passed a real forward step."""
+        if self._service.admission is not Admission.DRAINING:
+            self._service.admission = Admission.OPEN
+            await self._report(health_pb2.HealthCheckResponse.SERVING)
+
+    async def not_ready(self) -> None:
+        """Refuse new replies until `ready` is called again: the engine is starting, or rebuilt."""
+        if self._service.admission is not Admission.DRAINING:
+            self._service.admission = Admission.STARTING
+            await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def drain(self, grace: float) -> None:
+        """Refuse new replies, let running ones finish for up to `grace` seconds, then stop."""
+        self._service.admission = Admission.DRAINING
+        await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+        try:
+            await asyncio.wait_for(self._service.wait_idle(), grace)
+        except TimeoutError:
+            log.warning("%d streams did not finish within %g s", self._service.open_streams, grace)
+            await self.stop()
+        else:
+            await self._server.stop(_LAST_CALLS)
+
+    async def stop(self) -> None:
+        """Stop now; replies that run are cut off and their requests aborted."""
+        await self._server.stop(None)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._service.wait_idle(), _LAST_CALLS)
+
+    async def run_until_signal(self, grace: float) -> None:
+        """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once."""
+        loop = asyncio.get_running_loop()
+        signals: asyncio.Queue[int] = asyncio.Queue()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, signals.put_nowait, number)
+        try:
+            await signals.get()
+            draining = asyncio.create_task(self.drain(grace))
+            again = asyncio.create_task(signals.get())
+            await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
+            again.cancel()
+            if not draining.done():
+                draining.cancel()
+                await self.stop()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    async def _report(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        await self._healths.set(SERVICE, status)
+
+
+def channel_options(limits: Limits) -> list[tuple[str, int]]:
+    """Arguments of the server's channels. gRPC ignores a name it does not know; a test checks these.
+
+    A prefill or a queue may leave a stream silent for minutes. Both ends ping then, and the server must
+    never take a client's pings for abuse ("too_many_pings"), which gRPC does by default.
+    """
+    return [
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", limits.max_message_bytes),
+        ("grpc.max_concurrent_streams", 2 * limits.max_streams),  # a connection's; the service has its own
+        ("grpc.so_reuseport", 0),  # two servers on one port would share its connections silently
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ]
+
+
+def _check_address(host: str, port: int) -> None:
+    """Say what is wrong with an address, where gRPC would only log and fail."""
+    if not 0 <= port <= 65535:
+        raise InvalidArgument("port", f"must be from 0 to 65535, not {port}")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        raise InvalidArgument("host", f"{host!r} is not an address of this machine") from None
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except PermissionError:
+            raise NotEnough(f"port {port} needs more rights; use one above 1023") from None
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise InvalidArgument("host", f"{host!r} is not an address of this machine") from None
+            raise _busy(host, port) from None
+
+
+def _busy(host: str, port: int) -> NotEnough:
+    return NotEnough(f"port {port} on {host} is busy; stop what uses it, or choose another (0 takes any)")

@@ -1,0 +1,77 @@
+"""Errors as gRPC statuses with google.rpc details. The table of the service's contract, in code."""
+
+from collections.abc import Sequence
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from runtime.errors import InvalidArgument, NotFound, QueueFull, TramontaneError, Unavailable
+
+DOMAIN = "tramontane"
+# Statuses travel in HTTP/2 headers, of which clients take 8 KiB by default; texts of users appear in
+# them thrice (message, BadRequest, and base64 widens the latter).
+_LONGEST_TEXT = 600
+
+
+class SlowReader(TramontaneError):
+    """A stream's reader fell further behind than a server can remember."""
+
+
+class Cancelled(TramontaneError):
+    """The engine ended the request because it was cancelled."""
+
+
+class DeadlineExceeded(TramontaneError):
+    """The engine ended the request because its deadline passed."""
+
+
+def of(error: TramontaneError) -> tuple[grpc.StatusCode, str, tuple]:
+    """Status code, message and trailing metadata of an error, as `ServicerContext.abort` takes them."""
+    code, reason, details, trailers = _classify(error)
+    message = _short(str(error))
+    info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
+    status = status_pb2.Status(code=code.value[0], message=message, details=_packed([info, *details]))
+    return code, message, (*rpc_status.to_status(status).trailing_metadata, *trailers)
+
+
+def _classify(error: TramontaneError) -> tuple[grpc.StatusCode, str, list[Message], list[tuple[str, str]]]:
+    match error:
+        case InvalidArgument(field=field, reason=reason):
+            violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=_short(reason))
+            details = [error_details_pb2.BadRequest(field_violations=[violation])]
+            return grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", details, []
+        case NotFound(kind=kind, name=name):
+            resource = error_details_pb2.ResourceInfo(resource_type=kind, resource_name=_short(name))
+            return grpc.StatusCode.NOT_FOUND, "NOT_FOUND", [resource], []
+        case QueueFull(retry_after=seconds):
+            milliseconds = max(1, round(seconds * 1000))
+            delay = duration_pb2.Duration()
+            delay.FromMilliseconds(milliseconds)
+            trailers = [("grpc-retry-pushback-ms", str(milliseconds))]
+            details = [error_details_pb2.RetryInfo(retry_delay=delay)]
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", details, trailers
+        case SlowReader():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER", [], []
+        case Unavailable():
+            return grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE", [], []
+        case Cancelled():
+            return grpc.StatusCode.CANCELLED, "CANCELLED", [], []
+        case DeadlineExceeded():
+            return grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", [], []
+        case _:
+            return grpc.StatusCode.INTERNAL, "INTERNAL", [], []
+
+
+def _packed(details: Sequence[Message]) -> list[any_pb2.Any]:
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    return packed
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 3] + "..."
