@@ -1,0 +1,112 @@
+"""Chooses the next token of each row of logits.
+
+A row's choice is a pure function of its logits, its state and its position: rows share numpy calls, never
+numbers. The steps are: bias, penalties and min_tokens (state.py), temperature, filters (filters.py),
+Gumbel-max with noise keyed by position and token (noise.py). Logprobs come from the untouched logits.
+All of it runs in numpy on the host, on one thread. Knows nothing of models, plans or slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from runtime.sampling.filters import Ids, Row, ranked, scaled, survivors, total_mass
+from runtime.sampling.noise import contenders, draw_blocks, winners
+from runtime.sampling.state import SamplerState
+from runtime.types import TokenLogprob
+
+__all__ = ["Choice", "SamplerState", "sample"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A sampled token. `logprob` and `top` (most likely first, ties by lower id) are natural logs of the
+    model's own distribution, before bias, penalties and temperature; None and empty where not asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+def sample(logits: torch.Tensor, states: Sequence[SamplerState], positions: Sequence[int]) -> list[Choice]:
+    """One Choice for each row of `logits` [rows, vocab] fp32 on any device; `logits` is not modified.
+
+    positions[i] is the absolute position of the token to be sampled, below 2**32. The states are not
+    advanced: call `append`. Raises ValueError where shapes or types do not fit, and, naming the row, where
+    its logits hold NaN or +inf or allow no token at all.
+    """
+    rows = _checked(logits, states, positions)
+    tops = rows.argmax(axis=1)  # the lowest id among equals; a NaN's, if there is one
+    peaks = rows[np.arange(len(rows)), tops]
+    for i in np.flatnonzero(~np.isfinite(peaks)):
+        what = "NaN" if np.isnan(peaks[i]) else "+infinity" if peaks[i] > 0 else "nothing but -infinity"
+        raise ValueError(f"logits of row {i} (position {positions[i]}) hold {what}")
+
+    tokens = _chosen(rows, tops.tolist(), states, positions)
+    return [
+        _choice(rows[i], float(peaks[i]), token, state.params.logprobs)
+        for i, (token, state) in enumerate(zip(tokens, states, strict=True))
+    ]
+
+
+def _chosen(
+    rows: NDArray[np.float32], tops: list[int], states: Sequence[SamplerState], positions: Sequence[int]
+) -> list[int]:
+    """The token of each row; `tops` are the lowest ids of the rows' largest logits."""
+    tokens = list(tops)
+    sampled = [i for i, state in enumerate(states) if state.params.temperature > 0.0]
+    if sampled:
+        seeds = [states[i].params.seed for i in sampled]
+        places = [positions[i] for i in sampled]
+        draws = draw_blocks(seeds, places, [tops[i] for i in sampled], rows.shape[1])
+    able: list[Ids] = []
+    z: list[NDArray[np.float64]] = []
+    # Row by row, so that a row's work stays in the cache; only what may win is kept of it.
+    for i, state in enumerate(states):
+        raw, params = rows[i], state.params
+        row = state.adjusted(raw)
+        if row is not raw:
+            tokens[i] = int(row.argmax())
+            if row[tokens[i]] == -np.inf:
+                raise ValueError(f"row {i} (position {positions[i]}): no token is allowed")
+        if params.temperature > 0.0:
+            peak = float(row[tokens[i]])
+            kept = survivors(row, peak, params)
+            able.append(contenders(draws, len(able), row, peak, params.temperature, kept))
+            z.append(scaled(row[able[-1]], peak, params.temperature))
+    if sampled:
+        for i, token in zip(sampled, winners(draws, able, z), strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _checked(
+    logits: torch.Tensor, states: Sequence[SamplerState], positions: Sequence[int]
+) -> NDArray[np.float32]:
+    if logits.dtype != torch.float32 or logits.dim() != 2:
+        raise ValueError(f"logits must be [rows, vocab] fp32, not {list(logits.shape)} {logits.dtype}")
+    if not len(logits) == len(states) == len(positions):
+        raise ValueError(f"{len(logits)} rows, {len(states)} states and {len(positions)} positions")
+    for i, state in enumerate(states):
+        if state.vocab_size != logits.shape[1]:
+            raise ValueError(f"row {i}: a state for {state.vocab_size} tokens, logits for {logits.shape[1]}")
+        if not 0 <= positions[i] < 2**32:
+            raise ValueError(f"row {i}: position {positions[i]} is out of range")
+    return np.ascontiguousarray(logits.detach().cpu().numpy())
+
+
+def _choice(row: Row, peak: float, token: int, logprobs: int | None) -> Choice:
+    if logprobs is None:
+        return Choice(token)
+    total = peak + float(np.log(total_mass(row, peak, 1.0)))
+    top = ranked(row, logprobs).tolist()
+    return Choice(
+        token,
+        float(row[token]) - total,
+        tuple(TokenLogprob(other, float(row[other]) - total) for other in top),
+    )
