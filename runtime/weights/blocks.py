@@ -23,18 +23,21 @@ from runtime.weights.formats import TensorType
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
     """What a type's numbers mean. `group` columns share a scale, `super_group` columns a d (and m); they
-    are equal where there are no sub-scales. `bits` are the planes' widths, low bits first."""
+    are equal where there are no sub-scales. `bits` are the planes' widths, low bits first. `paired`: a
+    sub-scale and its sub-minimum are the low and high nibble of one byte, and stay so."""
 
     bits: tuple[int, ...]
     zero_point: int
     group: int
     super_group: int
+    paired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Blocks taken apart, for rows x cols elements: codes [rows, cols] uint8 (int8 of Q8_0); sub_scales and
-    sub_mins [rows, cols / group]; d and m [rows, cols / super_group] fp16."""
+    """Blocks taken apart, for rows x cols elements: codes [rows, cols] uint8 (int8 of Q8_0); d and m fp16
+    [rows, cols / super_group]; sub_scales and sub_mins [rows, cols / group], or both in sub_scales where
+    they are paired."""
 
     codes: np.ndarray
     d: np.ndarray
@@ -49,7 +52,7 @@ SPECS: dict[TensorType, QuantSpec] = {
     TensorType.Q5_0: QuantSpec((4, 1), 16, 32, 32),
     TensorType.Q5_1: QuantSpec((4, 1), 0, 32, 32),
     TensorType.Q8_0: QuantSpec((8,), 0, 32, 32),
-    TensorType.Q2_K: QuantSpec((2,), 0, 16, 256),
+    TensorType.Q2_K: QuantSpec((2,), 0, 16, 256, paired=True),
     TensorType.Q3_K: QuantSpec((2, 1), 4, 16, 256),
     TensorType.Q4_K: QuantSpec((4,), 0, 32, 256),
     TensorType.Q5_K: QuantSpec((4, 1), 0, 32, 256),
@@ -112,14 +115,7 @@ def _q8_0(blocks: np.ndarray) -> Parts:
 def _q2_k(blocks: np.ndarray) -> Parts:
     codes = _codes(blocks, 256)
     _fields(blocks[..., 16:80], 32, 2, codes)
-    scales = blocks[..., :16]
-    return Parts(
-        _flat(codes),
-        _half(blocks, 80),
-        -_half(blocks, 82),
-        _flat(scales & np.uint8(15)),
-        _flat(scales >> np.uint8(4)),
-    )
+    return Parts(_flat(codes), _half(blocks, 80), -_half(blocks, 82), _flat(blocks[..., :16]))
 
 
 def _q3_k(blocks: np.ndarray) -> Parts:

@@ -35,7 +35,8 @@ class Planar:
     planes: one a width in `bits`, low bits of the codes first (see `bitplanes`; columns padded to 128).
     group: columns a scale. super_group: columns a d and m; a multiple of group, equal to it where
     sub_scales is None. d, m: fp16 [rows, cols / super_group]; sub_scales (uint8 or int8) and sub_mins
-    (uint8): [rows, cols / group]. m and sub_mins may be None. `type` names where the numbers come from
+    (uint8): [rows, cols / group]. m and sub_mins may be None. `paired`: sub_scales holds both, the scale in
+    the low nibble and the minimum in the high one (Q2_K). `type` names where the numbers come from
     (a GGUF type, or "INT4")."""
 
     type: str
@@ -50,6 +51,7 @@ class Planar:
     m: torch.Tensor | None = None
     sub_scales: torch.Tensor | None = None
     sub_mins: torch.Tensor | None = None
+    paired: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -62,14 +64,14 @@ class Planar:
 
     def scales(self) -> torch.Tensor:
         """fp32 [rows, cols / group]."""
-        return self._by_group(self.d, self.sub_scales)
+        return self._by_group(self.d, self.sub_scales & 15 if self.paired else self.sub_scales)
 
     def offsets(self) -> torch.Tensor:
         """fp32 [rows, cols / group]; what is added after scaling. -0.0 where the type has no minima."""
         if self.m is None:
             none = torch.full((), -0.0, device=self.d.device)
             return none.expand(self.rows, self.cols // self.group)
-        return self._by_group(self.m, self.sub_mins)
+        return self._by_group(self.m, self.sub_scales >> 4 if self.paired else self.sub_mins)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[rows, cols] weights: exact in fp32 (the formula above), rounded to nearest in other types."""
@@ -101,7 +103,7 @@ class Planar:
             host.codes().numpy(),
             *(None if t is None else t.numpy() for t in (host.d, host.m, host.sub_scales, host.sub_mins)),
         )
-        spec = QuantSpec(self.bits, self.zero_point, self.group, self.super_group)
+        spec = QuantSpec(self.bits, self.zero_point, self.group, self.super_group, self.paired)
         parts, spec = cut_parts(parts, spec, start, stop)
         return planar_of_parts(self.type, spec, parts).to(self.d.device)
 
@@ -229,7 +231,15 @@ def _assemble(
         None if column[0] is None else torch.from_numpy(np.concatenate(column))
         for column in zip(*pieces, strict=True)
     ]
-    packed = tuple(torch.from_numpy(plane) for plane in planes)
     return Planar(
-        str(type), rows, cols, spec.bits, spec.zero_point, spec.group, spec.super_group, packed, *scales
+        type=str(type),
+        rows=rows,
+        cols=cols,
+        bits=spec.bits,
+        zero_point=spec.zero_point,
+        group=spec.group,
+        super_group=spec.super_group,
+        planes=tuple(torch.from_numpy(plane) for plane in planes),
+        **dict(zip(("d", "m", "sub_scales", "sub_mins"), scales, strict=True)),
+        paired=spec.paired,
     )

@@ -136,26 +136,9 @@ def spm_vocabulary(vocab: int) -> tuple[list[str], list[float], list[int]]:
     <unk> <s> </s>, the 256 bytes, then a space, letters, digits, points, and pieces of two and more."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     letters = "etaoinshrdlcumwfgypbvkjxqz"
-    words = [
-        "▁t",
-        "he",
-        "▁the",
-        "in",
-        "an",
-        "▁a",
-        "er",
-        "on",
-        "▁and",
-        "is",
-        "▁is",
-        "Th",
-        "▁The",
-        "▁once",
-        "éà",
-        "日",
-    ]
+    words = ["▁t", "he", "▁the", "in", "an", "▁a", "er", "on", "▁and", "is", "▁is", "Th", "▁The", "▁once"]
     pairs = [a + b for a in letters for b in letters]
-    normal = ["▁", *letters, *letters.upper(), *"0123456789", *".,!?'\"-:;()\n", *words, *pairs]
+    normal = ["▁", *letters, *letters.upper(), *"0123456789", *".,!?'\"-:;()", "é", "日", *words, *pairs]
     normal += [f"▁{pair}{letter}" for pair in pairs for letter in letters]
     pieces = [*special, *dict.fromkeys(normal)]
     if not len(special) <= vocab <= len(pieces):
