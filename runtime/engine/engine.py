@@ -1,0 +1,237 @@
+"""The life of requests: admission checks, tokens out, and exactly one end for each.
+
+Events are method calls, their outputs are returned at once; nothing here blocks. The caller owns the clock
+(`now`, seconds, monotonic) and carries plans to the ranks and results back, in order. Knows nothing of how
+either travels, nor of text: stop strings are the gateway's, which ends a request with `abort(keep=n)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from runtime.config import EngineConfig
+from runtime.engine.check import IntegrityError, check_scheduler, fail_unless
+from runtime.engine.queue import SequenceQueue
+from runtime.engine.scheduler import Scheduler
+from runtime.engine.sequence import Sequence
+from runtime.errors import InvalidArgument, QueueFull
+from runtime.types import (
+    Finished,
+    FinishReason,
+    Load,
+    Output,
+    Request,
+    StepPlan,
+    StepResult,
+    TokenOutput,
+)
+
+STEPS_IN_FLIGHT = 2  # the one that runs and the one behind it
+
+
+class Engine:
+    """A replica's scheduler and the state of every request it has accepted.
+
+    Raises InvalidArgument if a setting of `config` cannot work."""
+
+    def __init__(self, config: EngineConfig, steps_in_flight: int = STEPS_IN_FLIGHT):
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if field.name != "prefix_cache" and value is not None and value < 1:
+                raise InvalidArgument(field.name, f"must be at least 1, not {value}")
+        self.config = config
+        self._scheduler = Scheduler(config, steps_in_flight)
+        self._live: dict[str, Sequence] = {}
+        self._deadlines = SequenceQueue()
+        self._arrivals = 0
+        self._lost_step = 0  # results up to this plan are void
+        self._last_wait = 0.0  # seconds the last admitted request had waited
+
+    # ---- requests ------------------------------------------------------------------------------
+
+    def add(self, request: Request, now: float) -> list[Output]:
+        """Accepts a request. The reply ends with LENGTH at max_tokens or at the end of the context.
+
+        Raises InvalidArgument naming what can never be served, QueueFull when too many wait already."""
+        if request.request_id in self._live:
+            raise InvalidArgument("request_id", f"{request.request_id!r} is already being served")
+        limit = self._limit(request)
+        scheduler = self._scheduler
+        if len(scheduler.waiting) >= self.config.max_waiting:
+            raise QueueFull(self._retry_after(now))
+        self._arrivals += 1
+        sequence = Sequence(request, self._arrivals, now, limit)
+        self._live[request.request_id] = sequence
+        scheduler.enqueue(sequence)
+        if request.deadline is not None:
+            self._deadlines.push((request.deadline, self._arrivals), sequence)
+        return self.tick(now)
+
+    def _limit(self, request: Request) -> int:
+        """Most tokens of prompt and reply together; refuses what can never be served."""
+        prompt = len(request.prompt)
+        context = self.config.max_model_len
+        size = self.config.block_size
+        capacity = self.config.total_blocks * size
+        max_tokens = request.params.max_tokens
+        if not prompt:
+            raise InvalidArgument("prompt", "has no tokens")
+        if prompt >= context:
+            raise InvalidArgument("prompt", f"{prompt} tokens leave no room for a reply in {context}")
+        if prompt > capacity:
+            raise InvalidArgument("prompt", f"{prompt} tokens, but the KV cache holds {capacity}")
+        if max_tokens is not None and max_tokens < 1:
+            raise InvalidArgument("max_tokens", f"must be at least 1, not {max_tokens}")
+        limit = context if max_tokens is None else min(context, prompt + max_tokens)
+        # The last token is sampled and sent, but never run through the model.
+        if limit - 1 > capacity:
+            raise InvalidArgument(
+                "max_tokens",
+                f"{limit - prompt} after a prompt of {prompt} tokens: the KV cache holds {capacity}",
+            )
+        return limit
+
+    def _retry_after(self, now: float) -> float:
+        """Seconds in which about a tenth of the queue should have been admitted."""
+        first = self._scheduler.waiting.peek()
+        stalled = now - first[1].arrived if first else 0.0
+        return min(max(max(self._last_wait, stalled) / 10, 0.1), 30.0)
+
+    def abort(
+        self, request_id: str, reason: FinishReason = FinishReason.CANCELLED, keep: int | None = None
+    ) -> list[Output]:
+        """Ends a request at once; no outputs if it is unknown or has ended. `keep`: how many of the
+        tokens sent count as the reply (all of them if None), InvalidArgument if more than were sent."""
+        sequence = self._live.get(request_id)
+        if sequence is None:
+            return []
+        if keep is not None and not 0 <= keep <= len(sequence.reply):
+            raise InvalidArgument("keep", f"{keep} of {len(sequence.reply)} tokens sent")
+        return [self._finish(sequence, reason, keep=keep)]
+
+    def tick(self, now: float) -> list[Output]:
+        """Ends every request whose deadline has come."""
+        outputs: list[Output] = []
+        while (first := self._deadlines.peek()) and first[0][0] <= now:
+            outputs.append(self._finish(first[1], FinishReason.DEADLINE))
+        return outputs
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        keep: int | None = None,
+        stop_token: int | None = None,
+        detail: str = "",
+    ) -> Finished:
+        del self._live[sequence.request.request_id]
+        sequence.finished = True
+        self._scheduler.remove(sequence)
+        if sequence.request.deadline is not None:
+            self._deadlines.note_finished()
+        return Finished(
+            request_id=sequence.request.request_id,
+            reason=reason,
+            prompt_tokens=len(sequence.prompt),
+            cached_tokens=sequence.cached_tokens or 0,
+            completion_tokens=len(sequence.reply) if keep is None else keep,
+            stop_token=stop_token,
+            detail=detail,
+        )
+
+    # ---- steps ---------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step for the ranks, or None: nothing to do, or nothing before a result comes back.
+        A plan may have no chunks, to end slots when idle; its result has no tokens."""
+        plan = self._scheduler.plan()
+        if plan is not None and plan.starts:
+            self._last_wait = now - self._scheduler.last_admitted
+        return plan
+
+    def step_finished(self, result: StepResult, now: float) -> list[Output]:
+        """The tokens of the oldest plan in flight, and what ends with them or by its deadline.
+
+        Raises IntegrityError if the result is not that plan's. Results of plans that were lost with their
+        ranks are ignored."""
+        if result.step <= self._lost_step:
+            return []
+        scheduler = self._scheduler
+        expected = scheduler.in_flight[0][0].step if scheduler.in_flight else None
+        fail_unless(result.step == expected, f"result of step {result.step}, expected {expected}")
+        plan, samplers = scheduler.complete()
+        slots = [chunk.slot for chunk in plan.chunks if chunk.samples]
+        answered = [sampled.slot for sampled in result.tokens]
+        fail_unless(slots == answered, f"step {plan.step} sampled for slots {answered}, planned {slots}")
+        outputs: list[Output] = []
+        for sequence, sampled in zip(samplers, result.tokens, strict=True):
+            if sequence.finished:  # it ended while this token was in flight
+                continue
+            token = sampled.token
+            reply = sequence.reply
+            index = len(reply)
+            reply.append(token)
+            sequence.known += 1
+            outputs.append(
+                TokenOutput(sequence.request.request_id, index, token, sampled.logprob, sampled.top)
+            )
+            if sequence.next_named <= sequence.known:
+                scheduler.name_full_blocks(sequence)
+            if token in sequence.stop_ids and index >= sequence.min_tokens:
+                outputs.append(self._finish(sequence, FinishReason.STOP, stop_token=token))
+            elif sequence.known == sequence.limit:
+                outputs.append(self._finish(sequence, FinishReason.LENGTH))
+        return outputs + self.tick(now)
+
+    def ranks_lost(self, detail: str) -> list[Output]:
+        """The ranks and all KV are gone: every request ends with ERROR, plans in flight are void. The
+        engine can go on with new ranks that hold no slot."""
+        self._lost_step = self._scheduler.step
+        outputs: list[Output] = [
+            self._finish(sequence, FinishReason.ERROR, detail=detail)
+            for sequence in list(self._live.values())
+        ]
+        self._scheduler.reset()
+        return outputs
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Something runs, waits, is in flight, or is yet to be ended on the ranks."""
+        return bool(self._live or self._scheduler.in_flight or self._scheduler.ends)
+
+    def load(self) -> Load:
+        scheduler = self._scheduler
+        return Load(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            free_blocks=scheduler.pool.available,
+            total_blocks=scheduler.pool.total,
+            cached_blocks=len(scheduler.pool.cached),
+            queued_tokens=scheduler.waiting_tokens,
+            steps=scheduler.step,
+            prefix_hit_tokens=scheduler.hit_tokens,
+            prefix_query_tokens=scheduler.query_tokens,
+            preemptions=scheduler.preemptions,
+        )
+
+    def check(self) -> None:
+        """Raises IntegrityError if blocks, slots, queues and requests disagree. Costs as much as there is
+        state: for tests, and for when nothing runs."""
+        check_scheduler(self._scheduler)
+        live = list(self._live.values())
+        placed = self._scheduler.running + self._scheduler.waiting.live()
+        fail_unless(
+            len(placed) == len(live) and {id(s) for s in placed} == {id(s) for s in live},
+            "the live requests are not those that run or wait",
+        )
+        timed = sorted(s.order[1] for s in live if s.request.deadline is not None)
+        fail_unless(
+            sorted(s.order[1] for s in self._deadlines.live()) == timed
+            and len(self._deadlines) == len(timed),
+            "the deadlines are not those of the live requests",
+        )
+
+
+__all__ = ["STEPS_IN_FLIGHT", "Engine", "IntegrityError"]

@@ -1,0 +1,79 @@
+"""What the engine keeps of one request: its tokens, how far it is planned, and where its KV lives.
+
+Positions are counted by plans issued, not by results received: `computed` and `total` run ahead of
+`known` by the tokens that are still in flight.
+"""
+
+from __future__ import annotations
+
+from runtime.engine.prefix import next_key, root_key
+from runtime.types import Request
+
+
+class Sequence:
+    """One live request. Waiting while `slot` is None, else running."""
+
+    __slots__ = (
+        "arrived",
+        "block_keys",
+        "cached_tokens",
+        "capacity",
+        "computed",
+        "finished",
+        "known",
+        "last_step",
+        "limit",
+        "min_tokens",
+        "next_named",
+        "order",
+        "prompt",
+        "reply",
+        "request",
+        "root",
+        "slot",
+        "stop_ids",
+        "table",
+        "total",
+    )
+
+    def __init__(self, request: Request, arrival: int, arrived: float, limit: int):
+        self.request = request
+        self.prompt = request.prompt
+        self.reply: list[int] = []  # what was sampled and came back
+        self.stop_ids = frozenset(request.stop_ids)
+        self.min_tokens = request.params.min_tokens
+        self.order = (-request.priority, arrival)  # smaller runs first
+        self.arrived = arrived  # seconds
+        self.limit = limit  # most tokens of prompt and reply together
+        self.known = len(self.prompt)  # tokens the engine knows: prompt and reply
+        self.total = self.known  # known, and those that plans in flight will sample
+        self.computed = 0  # positions whose KV was computed, found cached, or is planned
+        self.slot: int | None = None
+        self.table: list[int] = []  # block ids, in position order
+        self.capacity = 0  # positions the table has room for
+        self.last_step = 0  # the last plan that names this sequence's blocks
+        self.root = b""  # made when first needed
+        self.block_keys: list[bytes] = []  # of full blocks of known tokens, as far as they were needed
+        self.next_named = 0  # when so many positions are known and computed, one more block has a key
+        self.cached_tokens: int | None = None  # set at first admission
+        self.finished = False
+
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and reply, as far as known."""
+        return (*self.prompt, *self.reply)
+
+    def key_of_block(self, index: int, block_size: int) -> bytes:
+        """The key of the full, known block `index`; keys up to it are made on the way and kept."""
+        keys = self.block_keys
+        prompt_length = len(self.prompt)
+        if not keys and not self.root:
+            self.root = root_key(self.request.cache_salt)
+        while len(keys) <= index:
+            start = len(keys) * block_size
+            end = start + block_size
+            tokens = (
+                *self.prompt[start:end],
+                *self.reply[max(0, start - prompt_length) : max(0, end - prompt_length)],
+            )
+            keys.append(next_key(keys[-1] if keys else self.root, tokens))
+        return keys[index]

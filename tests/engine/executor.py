@@ -1,0 +1,120 @@
+"""Ranks without tensors that trust nothing: what they sample depends on all they find in the KV blocks.
+
+Each position of a block stores a hash of the token history up to it, computed from what is stored at the
+position before. A sampled token is a hash of all stored positions, as attention reads them all. So a wrong
+block, a lost, doubled or changed token, or a schedule that shows through changes the reply.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from dataclasses import dataclass, field
+
+from runtime.config import EngineConfig
+from runtime.types import FinishReason, Request, SampledToken, SequenceStart, StepPlan, StepResult
+
+VOCABULARY = 29
+
+
+def store(before: bytes, position: int, token: int) -> bytes:
+    """The KV of a position, given that of the one before."""
+    return hashlib.sha256(before + b"%d:%d" % (position, token)).digest()[:8]
+
+
+def sample(kv: list[bytes], seed: int) -> int:
+    """The token after the positions whose KV is given."""
+    return hashlib.sha256(b"%d" % seed + b"".join(kv)).digest()[0] % VOCABULARY
+
+
+def reference(request: Request, context: int) -> tuple[list[int], FinishReason]:
+    """The whole reply and why it ends, computed alone and in order."""
+    kv: list[bytes] = []
+    for position, token in enumerate(request.prompt):
+        kv.append(store(kv[-1] if kv else b"", position, token))
+    reply: list[int] = []
+    while True:
+        token = sample(kv, request.params.seed)
+        reply.append(token)
+        if token in request.stop_ids and len(reply) > request.params.min_tokens:
+            return reply, FinishReason.STOP
+        if len(reply) == request.params.max_tokens or len(request.prompt) + len(reply) == context:
+            return reply, FinishReason.LENGTH
+        kv.append(store(kv[-1], len(kv), token))
+
+
+@dataclass
+class Slot:
+    start: SequenceStart
+    tokens: list[int]
+    table: list[int] = field(default_factory=list)
+    computed: int = 0
+
+
+class Executor:
+    """Runs plans in order as they come; results are taken later, one at a time, oldest first."""
+
+    def __init__(self, config: EngineConfig):
+        self.config = config
+        self.slots: dict[int, Slot] = {}
+        self.blocks = [[b""] * config.block_size for _ in range(config.total_blocks)]
+        self.results: deque[StepResult] = deque()
+        self.named: deque[dict[int, Slot]] = deque()  # plan in flight -> block -> a sequence that uses it
+        self.steps = 0
+
+    def run(self, plan: StepPlan) -> None:
+        self.steps += 1
+        assert plan.step == self.steps
+        for slot in plan.ends:
+            del self.slots[slot]
+        for start in plan.starts:
+            assert 0 <= start.slot < self.config.max_num_seqs and start.slot not in self.slots
+            self.slots[start.slot] = Slot(start, list(start.tokens))
+        assert {start.slot for start in plan.starts} <= {chunk.slot for chunk in plan.chunks}
+        assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks)
+        assert sum(chunk.length for chunk in plan.chunks) <= self.config.max_step_tokens
+        assert plan.chunks or plan.ends
+        # All rows of a step may read before, while or after the others write: what a chunk reads is what
+        # stood there before the step, or what it writes itself; and no other chunk may write it.
+        before = [list(block) for block in self.blocks]
+        written: dict[tuple[int, int], int] = {}
+        named: dict[int, Slot] = {}
+        sampled = []
+        for chunk in plan.chunks:
+            token = self._chunk(chunk, before, written, named)
+            if chunk.samples:
+                sampled.append(SampledToken(chunk.slot, token))
+        self.named.append(named)
+        self.results.append(StepResult(plan.step, tuple(sampled)))
+
+    def _chunk(self, chunk, before, written, named) -> int | None:
+        size = self.config.block_size
+        slot = self.slots[chunk.slot]
+        slot.table.extend(chunk.new_blocks)
+        if slot.computed == 0 and chunk.start:  # cached blocks: whole ones, and never all of the prompt
+            assert chunk.start % size == 0 and self.config.prefix_cache
+        else:
+            assert chunk.start == slot.computed
+        end = chunk.start + chunk.length
+        assert chunk.length > 0 and end <= len(slot.tokens) and end <= len(slot.table) * size
+        assert chunk.length <= (self.config.max_chunk or chunk.length)
+        assert chunk.samples == (end == len(slot.tokens))
+        named.update((block, slot) for block in slot.table)
+        kv = [before[slot.table[p // size]][p % size] for p in range(chunk.start)]
+        for position in range(chunk.start, end):
+            block = slot.table[position // size]
+            assert (block, position % size) not in written, "two chunks write one position"
+            for plan in self.named:
+                assert plan.get(block, slot) is slot, "a block of a plan in flight was given away"
+            kv.append(store(kv[-1] if kv else b"", position, slot.tokens[position]))
+            self.blocks[block][position % size] = kv[-1]
+            written[block, position % size] = chunk.slot
+        slot.computed = end
+        if not chunk.samples:
+            return None
+        slot.tokens.append(sample(kv, slot.start.params.seed))
+        return slot.tokens[-1]
+
+    def take_result(self) -> StepResult:
+        self.named.popleft()
+        return self.results.popleft()

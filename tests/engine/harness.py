@@ -1,0 +1,120 @@
+"""An engine, the checking executor and a clock, with what every request received."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+from runtime.types import Finished, FinishReason, Output, Request, SamplingParams
+from tests.engine.executor import Executor, reference
+
+
+def request(
+    name: str,
+    prompt: tuple[int, ...],
+    max_tokens: int | None = 8,
+    stop_ids: tuple[int, ...] = (),
+    seed: int = 0,
+    min_tokens: int = 0,
+    **more,
+) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, seed=seed)
+    return Request(name, prompt, params, stop_ids, **more)
+
+
+@dataclass
+class Stream:
+    """What a client saw."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    finished: Finished | None = None
+
+
+class Harness:
+    """Every event is followed by the integrity check, every output is held against what came before."""
+
+    def __init__(self, config: EngineConfig, steps_in_flight: int = 2):
+        self.config = config
+        self.engine = Engine(config, steps_in_flight)
+        self.executor = Executor(config)
+        self.now = 0.0
+        self.streams: dict[str, Stream] = {}
+
+    def add(self, request: Request) -> None:
+        outputs = self.engine.add(request, self.now)
+        self.streams[request.request_id] = Stream(request)
+        self.receive(outputs)
+
+    def abort(self, name: str, reason: FinishReason = FinishReason.CANCELLED, keep: int | None = None):
+        self.receive(self.engine.abort(name, reason, keep))
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        self.receive(self.engine.tick(self.now))
+
+    def plan(self) -> bool:
+        plan = self.engine.plan(self.now)
+        if plan is not None:
+            self.executor.run(plan)
+        self.engine.check()
+        return plan is not None
+
+    def deliver(self) -> bool:
+        if not self.executor.results:
+            return False
+        self.receive(self.engine.step_finished(self.executor.take_result(), self.now))
+        return True
+
+    def lose_ranks(self) -> None:
+        self.receive(self.engine.ranks_lost("rank 1 is gone"))
+        steps = self.executor.steps
+        self.executor = Executor(self.config)
+        self.executor.steps = steps
+        assert all(stream.finished for stream in self.streams.values())
+
+    def receive(self, outputs: list[Output]) -> None:
+        self.engine.check()
+        for output in outputs:
+            stream = self.streams[output.request_id]
+            assert stream.finished is None, "an output after the last"
+            if isinstance(output, Finished):
+                stream.finished = output
+                self._check_end(stream)
+            else:
+                assert output.index == len(stream.tokens)
+                stream.tokens.append(output.token)
+
+    def _check_end(self, stream: Stream) -> None:
+        finished = stream.finished
+        tokens, reason = reference(stream.request, self.config.max_model_len)
+        assert stream.tokens == tokens[: len(stream.tokens)]
+        assert finished.prompt_tokens == len(stream.request.prompt)
+        assert 0 <= finished.cached_tokens < finished.prompt_tokens
+        if finished.reason is FinishReason.LENGTH or finished.stop_token is not None:
+            assert (stream.tokens, finished.reason) == (tokens, reason)
+            assert finished.completion_tokens == len(tokens)
+            assert finished.stop_token == (tokens[-1] if reason is FinishReason.STOP else None)
+        else:
+            assert len(stream.tokens) < len(tokens), "the whole reply was sent, but it ended otherwise"
+            assert finished.completion_tokens <= len(stream.tokens)
+
+    def finish(self, limit: int = 100_000) -> None:
+        """Runs to the end as the loop does: as many plans ahead as allowed, then a result."""
+        while self.engine.has_work:
+            while self.plan():
+                pass
+            assert self.deliver(), "work is left, but no plan is made and none is in flight"
+            limit -= 1
+            assert limit, "no end in sight"
+        self.check_idle()
+
+    def check_idle(self) -> None:
+        assert all(stream.finished for stream in self.streams.values())
+        assert not self.executor.slots, "the ranks still hold slots"
+        load = self.engine.load()
+        assert (load.running, load.waiting, load.queued_tokens) == (0, 0, 0)
+        assert load.free_blocks == load.total_blocks
+        assert self.engine.plan(self.now) is None
+        self.engine.check()
