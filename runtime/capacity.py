@@ -1,0 +1,56 @@
+"""How much KV fits: from memory and settings to a number of blocks, or one line that says what to do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import psutil
+
+from runtime.config import EngineConfig, ParallelConfig
+from runtime.errors import InvalidArgument, NotEnough
+from runtime.model.load import OpenModel
+
+DEFAULT_SHARE = 0.25  # of the memory that is free, for all ranks of a host together
+DEFAULT_CAP = 512 << 20  # bytes a rank that a CPU server takes unasked
+
+
+def kv_blocks(
+    opened: OpenModel, engine: EngineConfig, parallel: ParallelConfig, max_model_len: int | None
+) -> EngineConfig:
+    """Fill in `max_model_len` and `total_blocks`.
+
+    The whole of a position's KV is spread over the ranks; the largest share decides. Without --kv-memory a
+    rank takes a quarter of what is free, shared by the ranks of the host, 512 MiB at most, yet room for one
+    full context.
+    """
+    context = opened.spec.context_length
+    if max_model_len is not None:
+        if not 1 <= max_model_len <= context:
+            raise InvalidArgument(
+                "max-model-len", f"{max_model_len} is not within 1 to {context}, the model's"
+            )
+        context = max_model_len
+    block = engine.block_size
+    if block < 1 or (64 % block and block % 64):
+        raise InvalidArgument("block-size", f"{block} neither divides 64 nor is a multiple of it")
+    units = len(opened.units)
+    largest_run = -(-units // parallel.tp)
+    block_bytes = opened.kv_bytes_per_position * largest_run * block // units
+    for_one = -(-context // block)
+    if parallel.kv_memory is not None:
+        blocks = parallel.kv_memory // block_bytes
+        if blocks < 1:
+            raise NotEnough(f"--kv-memory: one block of {block} positions takes {block_bytes:,} bytes a rank")
+    else:
+        free = psutil.virtual_memory().available
+        spare = min(DEFAULT_CAP, int(free * DEFAULT_SHARE) // parallel.tp)
+        blocks = max(spare // block_bytes, for_one)
+        if blocks * block_bytes * parallel.tp > free:
+            raise NotEnough(
+                f"a context of {context} tokens takes {blocks * block_bytes * parallel.tp / 2**30:.1f} GiB "
+                f"of KV and {free / 2**30:.1f} GiB are free: give a smaller --max-model-len, or --kv-memory"
+            )
+    if engine.total_blocks:
+        blocks = engine.total_blocks
+    blocks = min(blocks, for_one * engine.max_num_seqs)  # more can never be used at once
+    return replace(engine, total_blocks=blocks, max_model_len=min(context, blocks * block))
