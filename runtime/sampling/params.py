@@ -5,8 +5,7 @@ Every refusal is an InvalidArgument that names the field as the API spells it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import replace
 
 from runtime.errors import InvalidArgument
@@ -39,12 +38,12 @@ def validate(
     if max_tokens > room:
         raise InvalidArgument(
             "max_tokens",
-            f"{max_tokens} and a prompt of {prompt_length} tokens exceed the context of {context_length}; "
-            f"at most {room} fit, and leaving it out asks for all of them",
+            f"{_shown(max_tokens)} is too many; a prompt of {prompt_length} tokens leaves room for {room} "
+            f"in the context of {context_length} (leave it out to ask for all of them)",
         )
     min_tokens = _integer("min_tokens", params.min_tokens, 0)
     if min_tokens > max_tokens:
-        raise InvalidArgument("min_tokens", f"{min_tokens} is more than max_tokens, {max_tokens}")
+        raise InvalidArgument("min_tokens", f"{_shown(min_tokens)} is more than max_tokens, {max_tokens}")
     logit_bias = _logit_bias(params.logit_bias, vocab_size)
     stop_token_ids = _stop_token_ids(params.stop_token_ids, vocab_size)
     if min_tokens > 0 and len(set(stop_token_ids)) >= vocab_size:
@@ -97,27 +96,26 @@ def _token(field: str, value: object, vocab_size: int) -> int:
     return value
 
 
-def _logit_bias(entries: Collection[tuple[int, float]], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    _at_most("logit_bias", entries, MAX_LOGIT_BIAS)
+def _logit_bias(entries: object, vocab_size: int) -> tuple[tuple[int, float], ...]:
     checked: dict[int, float] = {}
-    for token, bias in entries:
-        _token("logit_bias", token, vocab_size)
+    for entry in _list("logit_bias", entries, MAX_LOGIT_BIAS):
+        if not isinstance(entry, tuple | list) or len(entry) != 2:
+            raise InvalidArgument("logit_bias", f"an entry is a token id and a bias, not {_shown(entry)}")
+        token = _token("logit_bias", entry[0], vocab_size)
         if token in checked:
             raise InvalidArgument("logit_bias", f"token {token} is given twice")
-        checked[token] = _number("logit_bias", bias, -1000.0, 1000.0)
+        checked[token] = _number("logit_bias", entry[1], -1000.0, 1000.0)
     return tuple(checked.items())
 
 
-def _stop_token_ids(tokens: Collection[int], vocab_size: int) -> tuple[int, ...]:
-    _at_most("stop_token_ids", tokens, MAX_STOP_TOKENS)
-    return tuple(_token("stop_token_ids", token, vocab_size) for token in tokens)
+def _stop_token_ids(tokens: object, vocab_size: int) -> tuple[int, ...]:
+    entries = _list("stop_token_ids", tokens, MAX_STOP_TOKENS)
+    return tuple(_token("stop_token_ids", token, vocab_size) for token in entries)
 
 
-def _stop(strings: Collection[str]) -> tuple[str, ...]:
-    if isinstance(strings, str):
-        raise InvalidArgument("stop", "must be a list of strings")
-    _at_most("stop", strings, MAX_STOP_STRINGS)
-    for string in strings:
+def _stop(strings: object) -> tuple[str, ...]:
+    checked = _list("stop", strings, MAX_STOP_STRINGS)
+    for string in checked:
         if not isinstance(string, str):
             raise InvalidArgument("stop", f"must hold strings, not {_shown(string)}")
         if not string:
@@ -126,19 +124,20 @@ def _stop(strings: Collection[str]) -> tuple[str, ...]:
             raise InvalidArgument(
                 "stop", f"a string of {len(string)} characters; at most {MAX_STOP_LENGTH} are allowed"
             )
-    return tuple(strings)
+    return tuple(checked)
 
 
-def _at_most(field: str, entries: Collection[object], limit: int) -> None:
+def _list(field: str, entries: object, limit: int) -> Sequence:
+    if not isinstance(entries, tuple | list):
+        raise InvalidArgument(field, f"must be a list, not {_shown(entries)}")
     if len(entries) > limit:
         raise InvalidArgument(field, f"has {len(entries)} entries; at most {limit} are allowed")
+    return entries
 
 
 def _shown(value: object) -> str:
     """A value short enough for a line: a hostile integer may have a million digits."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**64:
-        return f"a whole number of {value.bit_length()} bits"
-    if isinstance(value, float) and not math.isfinite(value):
-        return {True: "NaN", False: "infinity" if value > 0 else "-infinity"}[math.isnan(value)]
+        return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
