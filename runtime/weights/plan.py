@@ -71,8 +71,10 @@ def plan_slice(checkpoint: Checkpoint, wanted: Slice, quantize: str | None = Non
     row_bytes = (last - first) // info.type.block * info.type.block_bytes
     rows, gap = row_stop - row, info.row_bytes - row_bytes
     offset = info.offset + row * info.row_bytes + before
-    if rows == 1 or gap * _OVER_READ <= row_bytes:
-        joined = ByteRange(info.file, offset, rows * info.row_bytes - gap)
+    if rows == 1:
+        gap = 0
+    if gap * _OVER_READ <= row_bytes:
+        joined = ByteRange(info.file, offset, rows * (row_bytes + gap) - gap)
     else:
         joined, gap = ByteRange(info.file, offset, row_bytes, rows, info.row_bytes), 0
     return SlicePlan(wanted, info, (first, last), row_bytes, gap, joined, to_int4)

@@ -194,7 +194,7 @@ def _read_json(path: str) -> dict[str, Any]:
             size = _regular_size(path, file.fileno())
             if size > MAX_JSON:
                 raise BadModelFile(path, "", f"{size} bytes; at most {MAX_JSON} are possible")
-            return _parse_json(path, file.read(MAX_JSON))
+            return _parse_json(path, file.read(size))
     except FileNotFoundError:
         raise NotFound("file", path) from None
     except OSError as error:

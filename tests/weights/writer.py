@@ -68,7 +68,7 @@ def gguf_bytes(
         offset = -(-len(data) // alignment) * alignment if entry.offset is None else entry.offset
         header += string(entry.name) + struct.pack("<I", len(entry.ne))
         header += struct.pack(f"<{len(entry.ne)}Q", *entry.ne) + struct.pack("<IQ", entry.type, offset)
-        if entry.offset is None or entry.data:
+        if offset <= 1 << 20:  # else it lies, and its data are nowhere
             data += bytes(max(0, offset + len(entry.data) - len(data)))
             data[offset : offset + len(entry.data)] = entry.data
     return header + bytes(-len(header) % alignment) + bytes(data)
