@@ -15,7 +15,7 @@ from runtime.errors import BadModelFile, UnsupportedModel
 from runtime.tokenizer.spm import EncodeText
 from runtime.tokenizer.vocabulary import KEY, Kind, Vocabulary, gguf_merges
 
-__all__ = ["bpe_encoder"]
+__all__ = ["PRE_TOKENIZERS", "bpe_encoder", "pre_tokenizer"]
 
 # Contractions, words, numbers, other signs and white space, each with the space before it. Source: GPT-2.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -61,18 +61,26 @@ def bpe_encoder(metadata: dict[str, Any], vocabulary: Vocabulary, file: str) -> 
             f"{file}: {KEY}pre: the pre-tokenizer {pre!r:.60} is not known; known are "
             + ", ".join(sorted(PRE_TOKENIZERS))
         )
-    patterns, whole_words = PRE_TOKENIZERS[pre]
+    whole_words = PRE_TOKENIZERS[pre][1]
     known = vocabulary.ids_of(Kind.NORMAL)
     merges = gguf_merges(metadata, known, file)
     try:
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab=known, merges=merges, ignore_merges=whole_words))
     except Exception as error:  # the library raises plain Exception
         raise BadModelFile(file, KEY + "merges", f"tokenizers refuses it: {error}") from None
-    splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns]
-    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, spelling])
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
 
     def encode(text: str, after_control: bool) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     return encode
+
+
+def pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+    """Cuts text into words as the family `pre` (a key of PRE_TOKENIZERS) does, and spells their bytes."""
+    splits = [
+        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre][0]
+    ]
+    return pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )

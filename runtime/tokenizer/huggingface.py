@@ -209,6 +209,7 @@ def _named(
                 raise BadModelFile(str(folder), key, f"{token!r:.40} is not a token id up to {limit}")
         return tokens
 
+    # A tokenizer_config.json without a BOS means none (Qwen2), whatever id the model's config keeps.
     bos = by_text("bos_token")
     if bos is None and "tokenizer_class" not in settings and (ids := by_id("bos_token_id")):
         bos = ids[0]

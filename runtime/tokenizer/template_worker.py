@@ -71,11 +71,10 @@ def read_frame() -> dict | None:
 
 
 def limit_process(memory: int) -> None:
-    for what, amount in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-    ):
+    wanted = {resource.RLIMIT_AS: memory, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
+    for what, amount in wanted.items():
+        ceiling = resource.getrlimit(what)[1]
+        amount = amount if ceiling == resource.RLIM_INFINITY else min(amount, ceiling)
         resource.setrlimit(what, (amount, amount))
 
 

@@ -17,7 +17,8 @@ class Tokenizer:
     """A vocabulary with its encoder. Immutable; any number of threads may use one.
 
     `chat_template` is the Jinja source that came with the vocabulary or that its family goes by, if there is
-    one; `file` is where all came from. `bos_token` and `eos_token` are the pieces' texts ("" where there is none)."""
+    one; `file` is where all came from. `bos_token` and `eos_token` are the pieces' texts ("" where there is
+    none)."""
 
     def __init__(
         self,
@@ -91,9 +92,9 @@ class Tokenizer:
 
     def _stripped(self, parts: list[str | int]) -> list[str | int]:
         for index, part in enumerate(parts):
-            before, after = (
-                self._strips.get(part, (False, False)) if isinstance(part, int) else (False, False)
-            )
+            if not isinstance(part, int):
+                continue
+            before, after = self._strips.get(part, (False, False))
             if before and index and isinstance(text := parts[index - 1], str):
                 parts[index - 1] = text.rstrip()
             if after and index + 1 < len(parts) and isinstance(text := parts[index + 1], str):

@@ -166,8 +166,11 @@ def _pieces(metadata: dict[str, Any], file: str) -> list[str]:
     for token, piece in enumerate(pieces):
         if not isinstance(piece, str):
             raise BadModelFile(file, KEY + "tokens", f"token {token} is not a string")
-        if not piece.isascii() and any("\ud800" <= c <= "\udfff" for c in piece):
-            raise BadModelFile(file, KEY + "tokens", f"token {token} is not valid Unicode")
+    try:
+        "".join(pieces).encode()
+    except UnicodeEncodeError as error:
+        found = next(i for i, piece in enumerate(pieces) if error.object[error.start] in piece)
+        raise BadModelFile(file, KEY + "tokens", f"token {found} is not valid Unicode") from None
     return pieces
 
 
