@@ -1,0 +1,125 @@
+"""One TCP connection that carries messages, for threads that may block. Sending is safe from any thread."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import socket
+import struct
+import threading
+from collections.abc import Callable
+
+from runtime.wire.messages import PROTOCOL, Hello, WireError, decode, encode
+
+LENGTH = struct.Struct("<I")
+MAX_FRAME = 64 << 20  # bytes; a 128k-token prompt takes less than one
+HELLO_SECONDS = 10.0  # a stranger may hold a connection no longer
+
+
+class Connection:
+    def __init__(self, sock: socket.socket):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def connect(host: str, port: int, hello: Hello, *, timeout: float = 30.0) -> Connection:
+        """Dial and introduce oneself. Raises WireError if nobody answers."""
+        try:
+            sock = socket.create_connection((host, port), timeout=timeout)
+        except OSError as error:
+            raise WireError(f"{host}:{port} does not answer: {error}") from None
+        sock.settimeout(None)
+        connection = Connection(sock)
+        connection.send("hello", hello)
+        return connection
+
+    def send(self, kind: str, body: object) -> None:
+        """Raises WireError when the peer is gone."""
+        self.send_frame(encode(kind, body))
+
+    def send_frame(self, frame: bytes) -> None:
+        try:
+            with self._lock:
+                self._sock.sendall(LENGTH.pack(len(frame)) + frame)
+        except OSError as error:
+            raise WireError(f"the peer is gone: {error}") from None
+
+    def receive(self) -> tuple[str, object]:
+        """Wait for the next message. Raises WireError when the peer is gone or talks nonsense."""
+        (length,) = LENGTH.unpack(self._read(LENGTH.size))
+        if length > MAX_FRAME:
+            raise WireError(f"a message of {length} bytes was announced")
+        return decode(self._read(length))
+
+    def set_timeout(self, seconds: float | None) -> None:
+        """Bound each later `receive`; None waits for ever."""
+        self._sock.settimeout(seconds)
+
+    def close(self) -> None:
+        """Hang up; a thread that waits in `receive` gets a WireError."""
+        with contextlib.suppress(OSError):  # the peer was faster
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+    def detach(self) -> socket.socket:
+        """The bare socket, for a protocol of another kind; the connection is no longer used."""
+        return self._sock
+
+    def _read(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            try:
+                count = self._sock.recv_into(view)
+            except OSError as error:
+                raise WireError(f"the peer is gone: {error}") from None
+            if count == 0:
+                raise WireError("the peer hung up")
+            view = view[count:]
+        return data
+
+
+class Listener:
+    """Accepts connections, checks who they are, and hands each to `handler` on a thread of its own."""
+
+    def __init__(self, host: str, token: str, handler: Callable[[Hello, Connection], None]):
+        """Binds `host` on a free port. Strangers (no token, another protocol) are hung up on."""
+        self._token = token
+        self._handler = handler
+        self._sock = socket.create_server((host, 0), backlog=128)
+        self.host, self.port = self._sock.getsockname()[:2]
+        threading.Thread(target=self._accept, name="listener", daemon=True).start()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._sock.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self._greet, args=(sock,), name="connection", daemon=True).start()
+
+    def _greet(self, sock: socket.socket) -> None:
+        sock.settimeout(HELLO_SECONDS)
+        connection = Connection(sock)
+        try:
+            kind, hello = connection.receive()
+        except WireError:
+            connection.close()
+            return
+        known = (
+            kind == "hello"
+            and isinstance(hello, Hello)
+            and hmac.compare_digest(hello.token.encode(), self._token.encode())
+            and hello.protocol == PROTOCOL
+        )
+        if not known or not isinstance(hello, Hello):
+            connection.close()
+            return
+        sock.settimeout(None)
+        self._handler(hello, connection)

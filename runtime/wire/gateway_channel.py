@@ -1,0 +1,199 @@
+"""Between gateway and engine: the engine's side serves connections, the gateway's side is an EngineClient."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import AsyncGenerator
+
+from runtime.errors import TramontaneError, Unavailable
+from runtime.loop import EngineLoop
+from runtime.types import EngineInfo, Finished, FinishReason, Load, Output, Request, TokenOutput
+from runtime.wire.connection import LENGTH, MAX_FRAME, Connection
+from runtime.wire.messages import (
+    Abort,
+    Hello,
+    Refused,
+    WireError,
+    decode,
+    encode,
+    refusal,
+    refusal_error,
+)
+
+
+def serve_gateway(connection: Connection, loop: EngineLoop, info: EngineInfo) -> None:
+    """Serve one gateway until it hangs up; then everything it had asked for is aborted. Blocks."""
+    outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    mine: set[str] = set()
+
+    def write() -> None:
+        # A thread of its own, so that a gateway which does not read never holds up the engine.
+        try:
+            while (frame := outbox.get()) is not None:
+                connection.send_frame(frame)
+        except WireError:
+            connection.close()
+
+    def deliver_to(request_id: str):
+        def deliver(output: Output | TramontaneError) -> None:
+            if isinstance(output, TokenOutput):
+                outbox.put(encode("token", output))
+                return
+            mine.discard(request_id)
+            if isinstance(output, Finished):
+                outbox.put(encode("finished", output))
+            else:
+                outbox.put(encode("refused", refusal(request_id, output)))
+
+        return deliver
+
+    threading.Thread(target=write, name="gateway-writer", daemon=True).start()
+    outbox.put(encode("welcome", info))
+    try:
+        while True:
+            kind, body = connection.receive()
+            if kind == "add" and isinstance(body, Request):
+                mine.add(body.request_id)
+                loop.add(body, deliver_to(body.request_id))
+            elif kind == "abort" and isinstance(body, Abort):
+                if body.request_id in mine:  # a gateway ends its own requests only
+                    loop.abort(body.request_id, body.reason, body.keep)
+            elif kind == "get_load" and isinstance(body, int):
+                loop.load(lambda load, number=body: outbox.put(encode("load", (number, load))))
+            else:
+                raise WireError(f"a gateway does not send {kind!r}")
+    except WireError:
+        pass  # it hung up, or is not a gateway: either way its requests end
+    finally:
+        connection.close()
+        outbox.put(None)
+        for request_id in list(mine):
+            loop.abort(request_id)
+
+
+class EngineChannel:
+    """The `EngineClient` of an engine at the other end of a TCP connection. Belongs to one asyncio loop."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, info: EngineInfo):
+        self._reader = reader
+        self._writer = writer
+        self._info = info
+        self._inboxes: dict[str, asyncio.Queue[Output | TramontaneError]] = {}
+        self._loads: dict[int, asyncio.Future[Load]] = {}
+        self._numbers = itertools.count()
+        self._gone: str | None = None
+        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._receive())
+
+    @staticmethod
+    async def connect(host: str, port: int, token: str) -> EngineChannel:
+        """Raises Unavailable if nobody answers or the engine does not know the token."""
+        try:
+            reader, writer = await asyncio.open_connection(host, port)
+            _write(writer, "hello", Hello("gateway", token))
+            kind, info = await _read(reader)
+        except (OSError, asyncio.IncompleteReadError, WireError) as error:
+            raise Unavailable(f"the engine at {host}:{port} does not answer: {error}") from None
+        if kind != "welcome" or not isinstance(info, EngineInfo):
+            writer.close()
+            raise Unavailable(f"what answers at {host}:{port} is not an engine")
+        return EngineChannel(reader, writer, info)
+
+    async def info(self) -> EngineInfo:
+        self._check()
+        return self._info
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        self._check()
+        inbox: asyncio.Queue[Output | TramontaneError] = asyncio.Queue()
+        self._inboxes[request.request_id] = inbox
+        ended = False
+        try:
+            self._send("add", request)
+            while not ended:
+                output = await inbox.get()
+                if isinstance(output, TramontaneError):
+                    ended = True
+                    raise output
+                ended = isinstance(output, Finished)
+                yield output
+        finally:
+            del self._inboxes[request.request_id]
+            if not ended and self._gone is None:
+                self._send("abort", Abort(request.request_id, FinishReason.CANCELLED))
+
+    async def stop_at(self, request_id: str, keep: int) -> None:
+        self._check()
+        self._send("abort", Abort(request_id, FinishReason.STOP, keep))
+
+    async def load(self) -> Load:
+        self._check()
+        number = next(self._numbers)
+        self._loads[number] = asyncio.get_running_loop().create_future()
+        self._send("get_load", number)
+        return await self._loads[number]
+
+    async def wait_lost(self) -> str:
+        """Returns, with one line saying why, when the engine or its ranks are gone."""
+        return await asyncio.shield(self._lost)
+
+    async def close(self) -> None:
+        self._fail("the channel was closed")
+        self._task.cancel()
+        self._writer.close()
+
+    def _check(self) -> None:
+        if self._gone is not None:
+            raise Unavailable(self._gone)
+
+    def _send(self, kind: str, body: object) -> None:
+        _write(self._writer, kind, body)
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                kind, body = await _read(self._reader)
+                if isinstance(body, TokenOutput | Finished):
+                    if inbox := self._inboxes.get(body.request_id):
+                        inbox.put_nowait(body)
+                elif isinstance(body, Refused):
+                    if inbox := self._inboxes.get(body.request_id):
+                        inbox.put_nowait(refusal_error(body))
+                elif kind == "load" and isinstance(body, tuple):
+                    number, load = body
+                    if answer := self._loads.pop(number, None):
+                        answer.set_result(load)
+                elif kind == "lost" and isinstance(body, str):
+                    self._fail(body)
+                    return
+        except (OSError, asyncio.IncompleteReadError, WireError) as error:
+            self._fail(f"the engine is gone: {error}")
+
+    def _fail(self, reason: str) -> None:
+        """Everyone who waits, now or later, learns that the engine is gone."""
+        if self._gone is not None:
+            return
+        self._gone = reason
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(Unavailable(reason))
+        for answer in self._loads.values():
+            if not answer.done():
+                answer.set_exception(Unavailable(reason))
+        self._loads.clear()
+        if not self._lost.done():
+            self._lost.set_result(reason)
+
+
+def _write(writer: asyncio.StreamWriter, kind: str, body: object) -> None:
+    frame = encode(kind, body)
+    writer.write(LENGTH.pack(len(frame)) + frame)
+
+
+async def _read(reader: asyncio.StreamReader) -> tuple[str, object]:
+    (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+    if length > MAX_FRAME:
+        raise WireError(f"a message of {length} bytes was announced")
+    return decode(await reader.readexactly(length))
