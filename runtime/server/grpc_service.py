@@ -32,13 +32,13 @@ class Admission(enum.Enum):
 
 
 class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
-    """`admission` and `open_streams` are for the server that owns this."""
+    """`admission`, `wait_idle` and `cut_off` are for the server that owns this."""
 
     def __init__(self, pipeline: Pipeline, *, max_streams: int, max_lag: int):
         """`max_streams`: replies that may be open at once. `max_lag`: tokens and alternatives that a
         stream's reader may be behind before it loses the stream."""
         self.admission = Admission.STARTING
-        self.open_streams = 0
+        self._open: set[Backlog] = set()  # one a stream
         self._idle = asyncio.Event()
         self._idle.set()
         self._pipeline = pipeline
@@ -48,17 +48,18 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
     async def Generate(self, request, context: grpc.aio.ServicerContext) -> None:
         self._check_model(request.model)
         self._admit()
-        self.open_streams += 1
+        backlog = Backlog(self._max_lag)
+        self._open.add(backlog)
         self._idle.clear()
         try:
             request_id = secrets.token_hex(8)
             completion = convert.completion(request, request_id, context.time_remaining())
-            await self._stream(completion, context)
+            await self._stream(completion, backlog, context)
         except InvalidArgument as error:
             raise convert.contract_field(error) from None
         finally:
-            self.open_streams -= 1
-            if self.open_streams == 0:
+            self._open.remove(backlog)
+            if not self._open:
                 self._idle.set()
 
     async def Tokenize(self, request, context):
@@ -95,14 +96,24 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
     async def GetLoad(self, request, context):
         return convert.load(await self._pipeline.client.load(), self.open_streams)
 
+    @property
+    def open_streams(self) -> int:
+        return len(self._open)
+
     async def wait_idle(self) -> None:
         """Return when no stream is open."""
         await self._idle.wait()
 
-    async def _stream(self, completion: Completion, context: grpc.aio.ServicerContext) -> None:
+    def cut_off(self) -> None:
+        """End all open streams with UNAVAILABLE, after what they have got so far."""
+        for backlog in self._open:
+            backlog.close(Unavailable("the server shut down before the reply was complete"))
+
+    async def _stream(
+        self, completion: Completion, backlog: Backlog, context: grpc.aio.ServicerContext
+    ) -> None:
         """Write a reply. The pipeline is read by a task of its own, so that a client that does not read
         holds up its own stream alone."""
-        backlog = Backlog(self._max_lag)
         pump = asyncio.create_task(_pump(self._pipeline, completion, backlog))
         # However this ends, the request must not live on in the engine; depending on where the handler
         # waits, a cancelled call shows as different exceptions, and the callback needs none of them.

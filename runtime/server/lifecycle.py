@@ -9,7 +9,6 @@ Health of "" is SERVING as long as the process answers at all: a process that dr
 """
 
 import asyncio
-import contextlib
 import errno
 import logging
 import signal
@@ -29,7 +28,7 @@ from runtime.server.reflection import add_reflection
 log = logging.getLogger(__name__)
 
 SERVICE = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
-# After the last reply ended, its final bytes and calls that are not replies still need a moment.
+# Statuses of replies that ended and calls that are not replies still need a moment to get out.
 _LAST_CALLS = 1.0
 
 
@@ -109,10 +108,10 @@ class Server:
             await self._server.stop(_LAST_CALLS)
 
     async def stop(self) -> None:
-        """Stop now; replies that run are cut off and their requests aborted."""
-        await self._server.stop(None)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._service.wait_idle(), _LAST_CALLS)
+        """Stop now: replies that run end with UNAVAILABLE, and their requests are aborted."""
+        self._service.admission = Admission.DRAINING
+        self._service.cut_off()
+        await self._server.stop(_LAST_CALLS)
 
     async def run_until_signal(self, grace: float) -> None:
         """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once."""
@@ -126,7 +125,9 @@ class Server:
             again = asyncio.create_task(signals.get())
             await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
             again.cancel()
-            if not draining.done():
+            if draining.done():
+                await draining
+            else:
                 draining.cancel()
                 await self.stop()
         finally:
@@ -146,7 +147,7 @@ def channel_options(limits: Limits) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
-        ("grpc.max_concurrent_streams", 2 * limits.max_streams),  # a connection's; the service has its own
+        ("grpc.max_concurrent_streams", limits.max_streams + 100),  # of a connection, any calls
         ("grpc.so_reuseport", 0),  # two servers on one port would share its connections silently
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),

@@ -112,13 +112,6 @@ class Pipeline:
         """The prompt that a conversation makes. Raises InvalidArgument("messages", ...)."""
         if self.template is None:
             raise InvalidArgument("messages", f"{self.info.model} has no chat template; send text instead")
-        if not messages:
-            raise InvalidArgument("messages", "must hold at least one message")
-        for number, message in enumerate(messages):
-            if not message.get("role"):
-                raise InvalidArgument(f"messages[{number}].role", "must not be empty")
-            for key, value in message.items():
-                _check_unicode(f"messages[{number}].{key}", value)
         return tuple(render_chat(self.tokenizer, self.template, [dict(message) for message in messages]))
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
