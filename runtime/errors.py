@@ -8,6 +8,17 @@ Anything that is not one of these is a defect and shows its traceback. Knows not
 class TramontaneError(Exception):
     """Base of every error that is meant for a person to read."""
 
+    def __reduce__(self):
+        # Ray carries errors out of actors; the default would call the class with the finished message.
+        return _restore, (type(self), str(self), self.__dict__)
+
+
+def _restore(kind: type[TramontaneError], message: str, fields: dict) -> TramontaneError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    error.__dict__.update(fields)
+    return error
+
 
 class InvalidArgument(TramontaneError):
     """A request's field has a value that cannot be served."""

@@ -15,7 +15,8 @@ from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.errors import TramontaneError
 from runtime.loop import EngineLoop
 from runtime.model.communicator import Alone, Communicator, Threads
-from runtime.model.load import OpenModel, load_shard, open_model
+from runtime.model.info import engine_info
+from runtime.model.load import load_shard, open_model
 from runtime.model.runner import Runner
 from runtime.model.units import rank_units
 from runtime.types import EngineInfo, Finished, FinishReason, Load, Output, Request, StepPlan, StepResult
@@ -145,24 +146,3 @@ class LocalEngine:
 
     def close(self) -> None:
         self.loop.close()
-
-
-def engine_info(
-    opened: OpenModel,
-    model: ModelConfig,
-    config: EngineConfig,
-    tp: int,
-    nodes: tuple[str, ...] = (),
-) -> EngineInfo:
-    return EngineInfo(
-        model=model.name or opened.spec.name,
-        numerics=opened.numerics,
-        context_length=config.max_model_len,
-        vocab_size=opened.spec.vocab,
-        tp=tp,
-        units=len(opened.units),
-        block_size=config.block_size,
-        total_blocks=config.total_blocks,
-        max_num_seqs=config.max_num_seqs,
-        rank_nodes=nodes,
-    )

@@ -1,0 +1,176 @@
+"""The Ray actors: a rank, which holds a shard, and the engine, which holds none.
+
+Each opens its listener first and learns the others' addresses later, so no port is ever guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+import psutil
+import ray
+
+from runtime.config import EngineConfig, ModelConfig, ParallelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """What a rank says of itself once its weights are loaded. Bytes and seconds."""
+
+    rank: int
+    node: str
+    pid: int
+    bytes_read: int
+    load_seconds: float
+    bytes_per_second: float
+    weight_bytes: int
+    config: EngineConfig  # with the KV blocks that this rank's host can hold
+
+
+@ray.remote(num_cpus=0.001, max_restarts=0, max_concurrency=4)
+class RankActor:
+    """One rank. `run` is one long call; its reference says when the rank has ended."""
+
+    def __init__(self, rank: int, host: str | None, token: str, threads: int | None, tp: int):
+        import torch
+
+        self._rank = rank
+        self._tp = tp
+        self._token = token
+        self._threads = threads or max(1, (os.cpu_count() or 1) // tp)
+        torch.set_num_threads(self._threads)
+        from runtime.cluster.peers import PeerListener
+
+        self._listener = PeerListener(host or ray.util.get_node_ip_address(), token)
+
+    def address(self):
+        return self._listener.address
+
+    def load(
+        self, model: ModelConfig, engine: EngineConfig, parallel: ParallelConfig, addresses: list, store: str
+    ) -> RankReport:
+        """Meet the other ranks and load this one's share of the weights."""
+        from runtime.capacity import kv_blocks
+        from runtime.cluster.peers import SocketCommunicator
+        from runtime.model.communicator import Alone
+        from runtime.model.load import load_shard, open_model
+
+        opened = open_model(model)
+        config = kv_blocks(opened, engine, parallel, model.max_model_len)
+        self._comm = (
+            SocketCommunicator(self._rank, addresses, self._listener, self._token, store)
+            if self._tp > 1
+            else Alone()
+        )
+        self._shard, read = load_shard(opened, self._rank, self._tp)
+        return RankReport(
+            self._rank,
+            ray.util.get_node_ip_address(),
+            os.getpid(),
+            read.bytes_read,
+            read.seconds,
+            read.bytes_per_second,
+            self._shard.nbytes,
+            config,
+        )
+
+    def run(self, config: EngineConfig, host: str, port: int) -> str:
+        """Execute the engine's plans until it hangs up; returns why it ended."""
+        import torch
+
+        from runtime.cluster.step_channel import run_rank
+        from runtime.model.runner import Runner
+
+        torch.set_num_threads(self._threads)  # the setting belongs to the calling thread
+        runner = Runner(
+            self._shard,
+            self._comm,
+            total_blocks=config.total_blocks,
+            block_size=config.block_size,
+            max_positions=config.max_model_len,
+        )
+        self._cache_bytes = runner.cache_bytes
+        try:
+            return run_rank(runner, host, port, self._token)
+        finally:
+            close = getattr(self._comm, "close", None)
+            if close is not None:
+                close()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of weights and KV, and of the whole process."""
+        return {
+            "weights": self._shard.nbytes,
+            "kv": getattr(self, "_cache_bytes", 0),
+            "resident": psutil.Process().memory_info().rss,
+        }
+
+
+@ray.remote(num_cpus=0.001, max_restarts=0, max_concurrency=4)
+class EngineActor:
+    """The scheduler of one replica, the ranks' step channel, and the door for gateways."""
+
+    def __init__(self, host: str | None, token: str, tp: int):
+        from runtime.cluster.step_channel import TcpRanks
+        from runtime.wire.connection import Listener
+
+        self._ranks = TcpRanks(tp)
+        self._serving = threading.Event()
+        self._gateways: set = set()
+        self._listener = Listener(host or ray.util.get_node_ip_address(), token, self._greet)
+
+    def address(self) -> tuple[str, int]:
+        return self._listener.host, self._listener.port
+
+    def serve(self, config: EngineConfig, info) -> None:
+        """Wait for the ranks and start scheduling."""
+        from runtime.loop import EngineLoop
+
+        self._ranks.wait_joined()
+        self._info = info
+        self._loop = EngineLoop(config, self._ranks)
+        self._loop.on_lost = self._tell_lost
+        self._loop.start()
+        self._serving.set()
+
+    def stop(self) -> None:
+        """End all requests and let the ranks go."""
+        if self._serving.is_set():
+            self._loop.close()
+        self._listener.close()
+
+    def check(self) -> str | None:
+        """What the engine's integrity check finds wrong, if anything."""
+        answer: list[Exception | None] = []
+        done = threading.Event()
+        self._loop.check(lambda error: (answer.append(error), done.set()))
+        if not done.wait(10):
+            return "the engine did not answer"
+        return str(answer[0]) if answer[0] else None
+
+    def _greet(self, hello, connection) -> None:
+        from runtime.wire.gateway_channel import serve_gateway
+
+        if hello.role == "rank":
+            self._ranks.join(hello, connection)
+        elif hello.role == "gateway" and self._serving.wait(60):
+            self._gateways.add(connection)
+            try:
+                serve_gateway(connection, self._loop, self._info)
+            finally:
+                self._gateways.discard(connection)
+        else:
+            connection.close()
+
+    def _tell_lost(self, detail: str) -> None:
+        from runtime.wire.messages import WireError
+
+        time.sleep(0.05)  # the last outputs of requests go out first
+        for connection in list(self._gateways):
+            try:
+                connection.send("lost", detail)
+            except WireError:
+                continue  # that gateway has gone already

@@ -1,0 +1,177 @@
+"""Brings a model up on Ray: places the actors, loads the weights, proves it with a forward step."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from runtime.cluster.actors import EngineActor, RankActor, RankReport
+from runtime.config import ServeConfig
+from runtime.errors import NotEnough, TramontaneError, Unavailable
+from runtime.model.info import engine_info
+from runtime.model.load import open_model
+from runtime.model.units import rank_units
+from runtime.types import Finished, FinishReason, Request, SamplingParams
+from runtime.wire.gateway_channel import EngineChannel
+
+PLACE_SECONDS = 60.0
+BUNDLE = {"CPU": 0.001}  # CPU ranks divide the cores by threads; whole-core bundles would not place
+OBJECT_STORE = 80 << 20  # Ray's smallest: nothing of ours goes through the object store
+
+
+class Cluster:
+    """One replica on Ray. Synchronous; `client` is for use within an asyncio loop. Close it when done."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        ray_address: str | None = None,
+        progress: Callable[[str], None] | None = None,
+    ):
+        """Raises TramontaneError, and leaves nothing behind, if the model cannot be brought up."""
+        say = progress or (lambda text: None)
+        opened = open_model(config.model)
+        rank_units(len(opened.units), config.parallel.tp)
+        self._started_ray = False
+        self._group = None
+        self._engine = None
+        self._ranks: list = []
+        self._folder = tempfile.mkdtemp(prefix="tramontane-")
+        self._token = secrets.token_hex(32)
+        try:
+            say("starting Ray" if ray_address is None else f"joining Ray at {ray_address}")
+            self._start_ray(ray_address)
+            host = "127.0.0.1" if ray_address is None else None
+            say(f"starting {config.parallel.tp} rank(s)")
+            self._place(config.parallel.tp, host, config.parallel.threads)
+            say("loading weights")
+            self.reports = self._load(config)
+            blocks = min(report.config.total_blocks for report in self.reports)
+            settled = replace(self.reports[0].config, total_blocks=blocks)
+            nodes = tuple(f"rank {r.rank} on {r.node}, pid {r.pid}" for r in self.reports)
+            self.info = engine_info(opened, config.model, settled, config.parallel.tp, nodes)
+            self._runs = [rank.run.remote(settled, *self._address) for rank in self._ranks]
+            ray.get(self._engine.serve.remote(settled, self.info))
+            say("first forward step")
+            asyncio.run(self._prove())
+        except BaseException as error:
+            self.close()
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, TramontaneError):
+                raise cause from None
+            if isinstance(error, ray.exceptions.RayError):
+                raise Unavailable(
+                    f"a rank or the engine died: {str(error).strip().splitlines()[-1]}"
+                ) from error
+            raise
+
+    async def connect(self) -> EngineChannel:
+        """An `EngineClient` of this replica, for the asyncio loop it is called in."""
+        return await EngineChannel.connect(*self._address, self._token)
+
+    def memory(self) -> list[dict[str, int]]:
+        """Each rank's own account of its memory, in bytes."""
+        return ray.get([rank.memory.remote() for rank in self._ranks])
+
+    def check(self) -> str | None:
+        """What the engine's integrity check finds wrong, if anything."""
+        return ray.get(self._engine.check.remote())
+
+    @property
+    def rank_pids(self) -> list[int]:
+        return [report.pid for report in self.reports]
+
+    def close(self) -> None:
+        """Stop the actors, and Ray if it was started here."""
+        if ray.is_initialized():
+            if self._engine is not None:
+                with contextlib.suppress(ray.exceptions.RayError):  # gone already is what was wanted
+                    ray.get(self._engine.stop.remote(), timeout=5)
+            for actor in [*self._ranks, self._engine]:
+                if actor is not None:
+                    ray.kill(actor, no_restart=True)
+            if self._group is not None:
+                remove_placement_group(self._group)
+        self._ranks, self._engine, self._group = [], None, None
+        if self._started_ray:
+            ray.shutdown()
+            self._started_ray = False
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _start_ray(self, address: str | None) -> None:
+        if ray.is_initialized():
+            return
+        options = {"log_to_driver": False, "namespace": "tramontane", "logging_level": "ERROR"}
+        if address is None:
+            options |= {
+                "address": "local",
+                "include_dashboard": False,
+                "num_cpus": max(2, os.cpu_count() or 1),
+                "object_store_memory": OBJECT_STORE,
+            }
+        else:
+            options["address"] = address
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = "locally" if address is None else f"at {address}"
+            raise Unavailable(f"Ray cannot be reached {where}: {str(error).splitlines()[0]}") from error
+        self._started_ray = True
+
+    def _place(self, tp: int, host: str | None, threads: int | None) -> None:
+        """Actors in one placement group: tensor parallelism stays inside a node."""
+        self._group = placement_group([BUNDLE] * (tp + 1), strategy="STRICT_PACK")
+        if not self._group.wait(PLACE_SECONDS):
+            raise NotEnough(
+                f"Ray found no node for {tp} ranks in {PLACE_SECONDS:.0f} s: see `ray status`"
+            )
+
+        def at(bundle: int) -> PlacementGroupSchedulingStrategy:
+            return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+
+        self._ranks = [
+            RankActor.options(scheduling_strategy=at(rank)).remote(rank, host, self._token, threads, tp)
+            for rank in range(tp)
+        ]
+        self._engine = EngineActor.options(scheduling_strategy=at(tp)).remote(host, self._token, tp)
+        self._address = ray.get(self._engine.address.remote())
+
+    def _load(self, config: ServeConfig) -> list[RankReport]:
+        addresses = ray.get([rank.address.remote() for rank in self._ranks])
+        store = os.path.join(self._folder, "gloo")
+        return ray.get(
+            [
+                rank.load.remote(config.model, config.engine, config.parallel, addresses, store)
+                for rank in self._ranks
+            ]
+        )
+
+    async def _prove(self) -> None:
+        """One token through gateway channel, engine and every rank."""
+        channel = await self.connect()
+        try:
+            params = SamplingParams(max_tokens=1, temperature=0.0, seed=0)
+            request = Request(f"first-step-{time.monotonic_ns()}", (0,), params)
+            async for output in channel.generate(request):
+                if isinstance(output, Finished) and output.reason is not FinishReason.LENGTH:
+                    raise Unavailable(f"the first forward step failed: {output.detail}")
+        finally:
+            await channel.close()

@@ -1,0 +1,111 @@
+"""The step channel: plans from the engine to its ranks, results back, over one TCP connection a rank.
+
+Ranks send a heartbeat every second whatever they compute. A rank that is silent for ten, or hangs up, ends
+the group: a tensor-parallel step cannot go on without it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from runtime.errors import TramontaneError, Unavailable
+from runtime.model.runner import Runner
+from runtime.types import StepPlan, StepResult
+from runtime.wire.connection import Connection
+from runtime.wire.messages import Hello, WireError, encode
+
+BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 10.0
+JOIN_SECONDS = 120.0
+
+
+class TcpRanks:
+    """The engine's end: the `Ranks` of a loop whose ranks are other processes."""
+
+    def __init__(self, tp: int):
+        self._tp = tp
+        self._connections: dict[int, Connection] = {}
+        self._changed = threading.Condition()
+        self._closing = False
+        self._on_lost: Callable[[str], None] = lambda detail: None
+
+    def join(self, hello: Hello, connection: Connection) -> None:
+        """Take a rank's connection, as the listener hands it over."""
+        connection.set_timeout(SILENCE_SECONDS)
+        with self._changed:
+            self._connections[hello.rank] = connection
+            self._changed.notify_all()
+
+    def wait_joined(self) -> None:
+        """Wait until all ranks are there. Raises Unavailable."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._connections) == self._tp, JOIN_SECONDS):
+                raise Unavailable(f"{len(self._connections)} of {self._tp} ranks joined the step channel")
+
+    def start(self, on_result: Callable[[StepResult], None], on_lost: Callable[[str], None]) -> None:
+        self._on_lost = on_lost
+        for rank, connection in self._connections.items():
+            threading.Thread(
+                target=self._read, args=(rank, connection, on_result), name=f"rank-{rank}", daemon=True
+            ).start()
+
+    def submit(self, plan: StepPlan) -> None:
+        frame = encode("plan", plan)
+        for rank, connection in self._connections.items():
+            try:
+                connection.send_frame(frame)
+            except WireError as error:
+                self._on_lost(f"rank {rank} is lost: {error}")
+                return
+
+    def close(self) -> None:
+        self._closing = True
+        for connection in self._connections.values():
+            connection.close()
+
+    def _read(self, rank: int, connection: Connection, on_result: Callable[[StepResult], None]) -> None:
+        try:
+            while True:
+                kind, body = connection.receive()
+                if isinstance(body, StepResult):
+                    on_result(body)
+                elif kind == "failed":
+                    raise WireError(str(body))
+        except WireError as error:
+            if not self._closing:
+                self._on_lost(f"rank {rank} is lost: {error}")
+
+
+def run_rank(runner: Runner, host: str, port: int, token: str) -> str:
+    """A rank's life: join the engine, execute plans until it hangs up. Returns why it ended."""
+    connection = Connection.connect(host, port, Hello("rank", token, runner.comm.rank))
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            try:
+                connection.send("beat", 0)
+            except WireError:
+                return  # the main thread sees it too
+
+    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+    try:
+        while True:
+            try:
+                _, plan = connection.receive()
+            except WireError as error:
+                return str(error)
+            if not isinstance(plan, StepPlan):
+                return "the engine sent something that is not a plan"
+            try:
+                result = runner.execute(plan)
+            except Exception as error:  # a defect in a step ends the group, never silently
+                kind = "" if isinstance(error, TramontaneError) else f"{type(error).__name__}: "
+                connection.send("failed", f"{kind}{error}")
+                raise
+            if runner.comm.rank == 0:
+                connection.send("result", result)
+    finally:
+        ended.set()
+        connection.close()
