@@ -31,8 +31,8 @@ class Spelling:
         self._check(token)
         return token >= len(self._kinds) or self._kinds[token] in (Kind.CONTROL, Kind.UNKNOWN)
 
-    def is_normal(self, token: int) -> bool:
-        return token < len(self._kinds) and self._kinds[token] == Kind.NORMAL
+    def is_byte(self, token: int) -> bool:
+        return token < len(self._kinds) and self._kinds[token] == Kind.BYTE
 
     def bytes_of(self, token: int) -> bytes:
         """The UTF-8 bytes of a token's text, not always whole characters; of a control token its name.
@@ -78,7 +78,7 @@ class StreamDecoder:
         data = self._spelling.bytes_of(token)
         if self._strip:
             self._strip = False
-            if self._spelling.is_normal(token):
+            if not self._spelling.is_byte(token):  # the space put before a text is never a byte's token
                 data = data.removeprefix(b" ")
         return self._utf8.decode(data)
 

@@ -7,7 +7,6 @@ Knows nothing of how text is cut into tokens.
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,8 @@ from runtime.errors import BadModelFile
 __all__ = ["MAX_PIECES", "Kind", "Vocabulary", "byte_alphabet", "check_unique", "gguf_vocabulary"]
 
 MAX_PIECES = 1 << 21  # the largest real vocabularies have 2**18
+
+MAX_SCORE = (2 - 2**-23) * 2.0**127  # the largest 32-bit float
 
 KEY = "tokenizer.ggml."
 SPACE = "▁"  # sentencepiece's visible space, U+2581
@@ -122,8 +123,8 @@ def gguf_scores(metadata: dict[str, Any], count: int, file: str) -> list[float]:
     scores = _list(metadata, "scores", file)
     if len(scores) != count:
         raise BadModelFile(file, KEY + "scores", f"{len(scores)} scores for {count} tokens")
-    if not all(isinstance(score, (int, float)) and math.isfinite(score) for score in scores):
-        raise BadModelFile(file, KEY + "scores", "not all are finite numbers")
+    if not all(isinstance(score, (int, float)) and abs(score) <= MAX_SCORE for score in scores):  # nor NaN
+        raise BadModelFile(file, KEY + "scores", "not all are finite 32-bit numbers")
     return scores
 
 

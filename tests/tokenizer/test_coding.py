@@ -1,5 +1,8 @@
 """Encoding and decoding on tiny vocabularies: properties, and the rules a reader of the API relies on."""
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +12,7 @@ from runtime.tokenizer import Tokenizer, load_tokenizer
 from runtime.tokenizer.bpe import PRE_TOKENIZERS, pre_tokenizer
 from runtime.tokenizer.stream import MAX_PADDING
 from runtime.tokenizer.vocabulary import byte_alphabet
+from tests.support import REPOSITORY
 from tests.tokenizer.vocabularies import bpe_metadata, spm_metadata, tiny_bpe, tiny_spm
 
 TINY = pytest.mark.parametrize("tokenizer", [tiny_spm(), tiny_bpe()], ids=["spm", "bpe"])
@@ -197,3 +201,10 @@ def test_words_keep_every_byte(pre, text):
     alphabet = byte_alphabet()
     spelled = "".join(word for word, _ in pre_tokenizer(pre).pre_tokenize_str(text))
     assert bytes(alphabet[c] for c in spelled) == text.encode()
+
+
+def test_the_package_needs_no_torch():
+    """A gateway starts in the time it takes to read a vocabulary."""
+    heavy = "{'torch', 'ray', 'grpc', 'jinja2'}"
+    code = f"import sys, runtime.tokenizer; sys.exit(len({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

