@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime.sampling.sampler import SamplerState, sample
@@ -23,7 +23,7 @@ def choose(logits, params, prompt=(), reply=()):
     st.integers(0, 100),
     st.floats(0.0, 3.0),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_values_and_order(logits, n, temperature):
     choice = choose(logits, SamplingParams(temperature=temperature, seed=1, logprobs=n))
     expected = reference.logprobs(logits)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime.sampling.filters import scaled
@@ -110,7 +110,7 @@ def naive(row: np.ndarray, temperature: float, seed: int, position: int, kept=No
     position=st.integers(0, 2**32 - 1),
     share=st.sampled_from([None, 0.001, 0.3, 1.0]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_pruning_finds_the_winner_of_the_whole_vocabulary(vocab, spread, temperature, seed, position, share):
     rng = np.random.default_rng(seed)
     row = (rng.standard_normal(vocab) * spread).astype(np.float32)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from runtime.sampling.sampler import Choice, SamplerState, sample
@@ -69,7 +69,7 @@ def case(draw: st.DrawFn):
 
 
 @given(case())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_token_is_the_reference_s(example):
     logits, params, prompt, reply, stops, position = example
     allowed = reference.adjusted(logits.tolist(), params, prompt, reply, stops)
@@ -83,7 +83,7 @@ def test_token_is_the_reference_s(example):
 
 
 @given(case())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_state_grown_by_append_is_the_state_built_whole(example):
     logits, params, prompt, reply, stops, _ = example
     whole = SamplerState(params, prompt, reply, stops, len(logits))
