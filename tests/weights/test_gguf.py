@@ -234,6 +234,8 @@ def test_counts_and_lengths_that_lie(tmp_path):
     for position, match in ((at - 16, "k: says it holds"), (at - 8, "k: the file is cut short")):
         lying = honest[:position] + HUGE.to_bytes(8, "little") + honest[position + 8 :]
         refused(tmp_path, lying, match)
+    few = honest[: at - 16] + (50).to_bytes(8, "little") + honest[at - 8 :]
+    refused(tmp_path, few, "k: says it holds 50 strings, more than can be")
     kinds = gguf_bytes([("k", "u8", 1)]).replace(b"k\0\0\0\0", b"k\x63\0\0\0")
     refused(tmp_path, kinds, "k: unknown value type 99")
 
