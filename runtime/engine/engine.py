@@ -7,8 +7,6 @@ either travels, nor of text: stop strings are the gateway's, which ends a reques
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from runtime.config import EngineConfig
 from runtime.engine.check import IntegrityError, check_scheduler, fail_unless
 from runtime.engine.queue import SequenceQueue
@@ -28,6 +26,16 @@ from runtime.types import (
 
 STEPS_IN_FLIGHT = 2  # the one that runs and the one behind it
 
+_POSITIVE = (
+    "block_size",
+    "total_blocks",
+    "max_num_seqs",
+    "max_step_tokens",
+    "max_chunk",
+    "max_model_len",
+    "max_waiting",
+)
+
 
 class Engine:
     """A replica's scheduler and the state of every request it has accepted.
@@ -35,10 +43,10 @@ class Engine:
     Raises InvalidArgument if a setting of `config` cannot work."""
 
     def __init__(self, config: EngineConfig, steps_in_flight: int = STEPS_IN_FLIGHT):
-        for field in fields(config):
-            value = getattr(config, field.name)
-            if field.name != "prefix_cache" and value is not None and value < 1:
-                raise InvalidArgument(field.name, f"must be at least 1, not {value}")
+        for name in _POSITIVE:
+            value = getattr(config, name)
+            if value is not None and value < 1:
+                raise InvalidArgument(name, f"must be at least 1, not {value}")
         self.config = config
         self._scheduler = Scheduler(config, steps_in_flight)
         self._live: dict[str, Sequence] = {}
@@ -157,12 +165,13 @@ class Engine:
         if result.step <= self._lost_step:
             return []
         scheduler = self._scheduler
-        expected = scheduler.in_flight[0][0].step if scheduler.in_flight else None
+        plan = scheduler.in_flight[0][0] if scheduler.in_flight else None
+        expected = plan.step if plan else None
         fail_unless(result.step == expected, f"result of step {result.step}, expected {expected}")
-        plan, samplers = scheduler.complete()
         slots = [chunk.slot for chunk in plan.chunks if chunk.samples]
         answered = [sampled.slot for sampled in result.tokens]
         fail_unless(slots == answered, f"step {plan.step} sampled for slots {answered}, planned {slots}")
+        samplers = scheduler.complete()
         outputs: list[Output] = []
         for sequence, sampled in zip(samplers, result.tokens, strict=True):
             if sequence.finished:  # it ended while this token was in flight

@@ -252,11 +252,11 @@ class Scheduler:
 
     # ---- results -------------------------------------------------------------------------------
 
-    def complete(self) -> tuple[StepPlan, list[Sequence]]:
-        """The oldest plan in flight is done: gives it back with who samples in it, and frees what only it
-        still named."""
+    def complete(self) -> list[Sequence]:
+        """The oldest plan in flight is done: frees what only it still named, returns who sampled in it, in
+        the order of its chunks."""
         plan, samplers = self.in_flight.popleft()
         self.done = plan.step
         for table in self.held.pop(plan.step, ()):
             self.pool.release(table)
-        return plan, samplers
+        return samplers

@@ -25,8 +25,10 @@ configs = st.builds(
     prefix_cache=st.booleans() | st.just(True),
 )
 
-# Few distinct beginnings, so that prefixes are often shared.
-_streams = st.sampled_from([tuple((i * i + 3 * s) % VOCABULARY for i in range(40)) for s in range(2)])
+# Few distinct beginnings, so that prefixes are often shared; one looks alike at every offset.
+_streams = st.sampled_from(
+    [*(tuple((i * i + 3 * s) % VOCABULARY for i in range(40)) for s in (0, 1)), (5,) * 40]
+)
 _tails = st.lists(st.integers(0, VOCABULARY - 1), max_size=5).map(tuple)
 prompts = st.builds(lambda stream, n, tail: stream[:n] + tail, _streams, st.integers(0, 40), _tails)
 
@@ -139,7 +141,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -150,7 +152,7 @@ class TestEngineMachineLong(EngineMachine.TestCase):
     pytestmark = pytest.mark.slow
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), config=configs, steps_in_flight=st.integers(1, 3))
 def test_every_accepted_request_ends_with_its_whole_reply(data, config, steps_in_flight) -> None:
     """No aborts and no deadlines, so nothing may end early, whatever memory there is."""

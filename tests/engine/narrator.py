@@ -1,0 +1,181 @@
+"""Narrated traces: commands to an engine, each followed by what came of it, indented, as people read it.
+
+    engine blocks=8 block=4 seqs=4 step=16 chunk=7   a new engine; also context, waiting, flight, cache
+    at 2.5                                           sets the clock
+    add r1 prompt=a10 max=4 stop=7 deadline=9 priority=1 salt=x min=0
+    plan                                             asks for the next plan
+    result r1=7                                      the oldest plan's result; tokens not given are 900, 901..
+    run                                              plan and result until both have nothing more
+    abort r1 keep=2                                  with keep: as the gateway does on a stop string
+    tick / lost / load
+
+A prompt is a list of parts joined by commas: `a10` is the first ten tokens of stream a, a number is a token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, deque
+
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+from runtime.errors import TramontaneError
+from runtime.types import Finished, FinishReason, Output, Request, SampledToken, SamplingParams, StepResult
+
+_SETTINGS = {
+    "blocks": "total_blocks",
+    "block": "block_size",
+    "seqs": "max_num_seqs",
+    "step": "max_step_tokens",
+    "chunk": "max_chunk",
+    "context": "max_model_len",
+    "waiting": "max_waiting",
+}
+
+
+def renarrate(trace: str) -> str:
+    """The trace with every narration line replaced by what the engine does now."""
+    narrator = Narrator()
+    lines: list[str] = []
+    for line in trace.splitlines():
+        if line.startswith("  "):
+            continue
+        lines.append(line)
+        if line and not line.startswith("#"):
+            lines += ["  " + said for said in narrator.command(line)]
+    return "\n".join(lines) + "\n"
+
+
+def parse_prompt(text: str) -> tuple[int, ...]:
+    tokens: list[int] = []
+    for part in filter(None, text.split(",")):
+        if stream := re.fullmatch(r"([a-z])(\d+)", part):
+            tokens += [100_000 * ord(stream[1]) + index for index in range(int(stream[2]))]
+        else:
+            tokens.append(int(part))
+    return tuple(tokens)
+
+
+class Narrator:
+    def command(self, line: str) -> list[str]:
+        word, *rest = line.split()
+        names = [part for part in rest if "=" not in part]
+        options = dict(part.split("=", 1) for part in rest if "=" in part)
+        try:
+            said = getattr(self, "_" + word)(*names, **options)
+        except TramontaneError as error:
+            said = [f"{type(error).__name__}: {error}"]
+        self.engine.check()
+        return said
+
+    def _engine(self, flight: str = "2", cache: str = "on", **options: str) -> list[str]:
+        settings = {_SETTINGS[name]: int(value) for name, value in options.items()}
+        self.engine = Engine(EngineConfig(prefix_cache=cache == "on", **settings), int(flight))
+        self.now = 0.0
+        self.slots: dict[int, str] = {}
+        self.in_flight: deque = deque()  # (step, [(slot, name)] that sample)
+        self.sampled: Counter[str] = Counter()
+        return []
+
+    def _at(self, seconds: str) -> list[str]:
+        self.now = float(seconds)
+        return []
+
+    def _add(self, name, prompt="", max="16", min="0", stop="", deadline="", priority="0", salt=""):
+        request = Request(
+            request_id=name,
+            prompt=parse_prompt(prompt),
+            params=SamplingParams(max_tokens=int(max), min_tokens=int(min), seed=0),
+            stop_ids=tuple(int(token) for token in stop.split(",") if token),
+            deadline=float(deadline) if deadline else None,
+            priority=int(priority),
+            cache_salt=salt,
+        )
+        return self._outputs(self.engine.add(request, self.now))
+
+    def _plan(self) -> list[str]:
+        plan = self.engine.plan(self.now)
+        if plan is None:
+            return ["none"]
+        said = [f"step {plan.step}"]
+        said += [f"end {self.slots.pop(slot)} in slot {slot}" for slot in plan.ends]
+        names = {}
+        for start in plan.starts:
+            names[start.slot] = self._name_of(start)
+            reply = len(start.tokens) - start.prompt_length
+            again = f", {reply} of them replied" if reply else ""
+            said.append(f"start {names[start.slot]} in slot {start.slot}: {len(start.tokens)} tokens{again}")
+        self.slots |= names
+        for chunk in plan.chunks:
+            end = chunk.start + chunk.length
+            run = f"{chunk.start}..{end - 1}" if chunk.length > 1 else f"{chunk.start}"
+            blocks = f", blocks {' '.join(map(str, chunk.new_blocks))}" if chunk.new_blocks else ""
+            samples = f" -> {end}" if chunk.samples else ""
+            said.append(f"{self.slots[chunk.slot]}: {run}{samples}{blocks}")
+        samplers = [(chunk.slot, self.slots[chunk.slot]) for chunk in plan.chunks if chunk.samples]
+        self.in_flight.append((plan.step, samplers))
+        return said
+
+    def _name_of(self, start) -> str:
+        # A start does not name its request: it is the running one in that slot.
+        running = self.engine._scheduler.running
+        return next(s.request.request_id for s in running if s.slot == start.slot)
+
+    def _result(self, **given: str) -> list[str]:
+        if not self.in_flight:
+            return ["none is in flight"]
+        step, samplers = self.in_flight.popleft()
+        tokens = []
+        for slot, name in samplers:
+            token = int(given.pop(name, 900 + self.sampled[name]))
+            self.sampled[name] += 1
+            tokens.append(SampledToken(slot, token))
+        assert not given, f"step {step} did not sample for {list(given)}"
+        result = StepResult(step, tuple(tokens))
+        return [f"of step {step}", *self._outputs(self.engine.step_finished(result, self.now))]
+
+    def _run(self) -> list[str]:
+        said: list[str] = []
+        while self.engine.has_work:
+            while (planned := self._plan()) != ["none"]:
+                said += planned
+            said += self._result()
+            self.engine.check()
+        return said
+
+    def _abort(self, name: str, keep: str = "") -> list[str]:
+        if keep:
+            return self._outputs(self.engine.abort(name, FinishReason.STOP, int(keep)))
+        return self._outputs(self.engine.abort(name))
+
+    def _tick(self) -> list[str]:
+        return self._outputs(self.engine.tick(self.now))
+
+    def _lost(self) -> list[str]:
+        self.slots.clear()
+        self.in_flight.clear()
+        return self._outputs(self.engine.ranks_lost("rank 1 is gone"))
+
+    def _load(self) -> list[str]:
+        load = self.engine.load()
+        return [
+            f"{load.running} running, {load.waiting} waiting with {load.queued_tokens} tokens, "
+            f"{load.preemptions} preempted",
+            f"{load.free_blocks} of {load.total_blocks} blocks free, {load.cached_blocks} of them cached; "
+            f"{load.prefix_hit_tokens} of {load.prefix_query_tokens} prompt tokens found",
+        ]
+
+    def _outputs(self, outputs: list[Output]) -> list[str]:
+        said = []
+        for output in outputs:
+            if isinstance(output, Finished):
+                stop = f" at token {output.stop_token}" if output.stop_token is not None else ""
+                detail = f" ({output.detail})" if output.detail else ""
+                said.append(
+                    f"{output.request_id} ends: {output.reason.value}{stop}{detail}; "
+                    f"prompt {output.prompt_tokens}, cached {output.cached_tokens}, "
+                    f"reply {output.completion_tokens}"
+                )
+            else:
+                said.append(f"{output.request_id}[{output.index}] = {output.token}")
+        return said

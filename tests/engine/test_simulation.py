@@ -1,0 +1,107 @@
+"""Many seeded runs in tight memory, where sequences are preempted, prefixes shared and blocks evicted.
+
+Hypothesis explores shapes; this one stays where it hurts. A failure names its seed: `simulate(seed)`."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from runtime.config import EngineConfig
+from runtime.errors import InvalidArgument
+from runtime.types import FinishReason, Load
+from tests.engine.executor import VOCABULARY
+from tests.engine.harness import Harness, request
+
+
+def random_prompt(rng: random.Random, length: int) -> tuple[int, ...]:
+    """Often the beginning of another one, at times a repetition that looks alike at every offset."""
+    if rng.random() < 0.2:
+        return (rng.randrange(2),) * length
+    stream = random.Random(rng.randrange(2))
+    shared = rng.randint(0, length)
+    tokens = [stream.randrange(VOCABULARY) for _ in range(shared)]
+    return tuple(tokens + [rng.randrange(VOCABULARY) for _ in range(length - shared)])
+
+
+def simulate(seed: int) -> Load:
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 2, 2, 3, 4])
+    blocks = rng.randint(3, 14)
+    capacity = block_size * blocks
+    config = EngineConfig(
+        block_size=block_size,
+        total_blocks=blocks,
+        max_num_seqs=rng.randint(2, 6),
+        max_step_tokens=rng.choice([3, 6, 12, 64]),
+        max_chunk=rng.choice([None, None, 2, 7]),
+        max_model_len=capacity + rng.randint(0, 3),
+    )
+    harness = Harness(config, rng.choice([1, 2, 2, 2, 3]))
+    calm = rng.random() < 0.5  # no aborts, no deadlines
+    for _ in range(rng.randint(40, 120)):
+        event = rng.random()
+        if event < 0.25:
+            length = rng.randint(1, max(1, capacity // rng.choice([1, 2, 3])))
+            name = f"r{len(harness.streams)}"
+            try:
+                harness.add(
+                    request(
+                        name,
+                        random_prompt(rng, length),
+                        max_tokens=rng.randint(1, max(1, capacity + 1 - length)),
+                        stop_ids=(rng.randrange(VOCABULARY),) if rng.random() < 0.5 else (),
+                        seed=rng.randrange(3),
+                        min_tokens=rng.randint(0, 2),
+                        priority=rng.choice([0, 0, 0, 1]),
+                        cache_salt=rng.choice(["", "", "", "x"]),
+                        deadline=harness.now + rng.random() * 30 if not calm and rng.random() < 0.2 else None,
+                    )
+                )
+            except InvalidArgument:
+                assert length >= config.max_model_len
+        elif event < 0.35 and harness.streams and not calm:
+            name = rng.choice([*harness.streams][-6:])
+            stream = harness.streams[name]
+            if rng.random() < 0.5:
+                harness.abort(name)
+            elif not stream.finished:
+                harness.abort(name, FinishReason.STOP, rng.randint(0, len(stream.tokens)))
+        elif event < 0.7:
+            harness.plan()
+        elif event < 0.98:
+            harness.deliver()
+        else:
+            harness.tick(rng.random() * 3)
+    harness.finish()
+    ends = Counter(stream.finished.reason for stream in harness.streams.values())
+    assert not calm or set(ends) <= {FinishReason.STOP, FinishReason.LENGTH}
+    return harness.engine.load()
+
+
+@pytest.mark.parametrize("start", range(0, 160, 80))
+def test_replies_survive_tight_memory(start: int) -> None:
+    preemptions = hits = 0
+    for seed in range(start, start + 80):
+        try:
+            load = simulate(seed)
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
+        preemptions += load.preemptions
+        hits += load.prefix_hit_tokens
+    # The runs must be worth something.
+    assert preemptions > 200
+    assert hits > 200
+
+
+@pytest.mark.slow
+def test_replies_survive_tight_memory_at_length() -> None:
+    for seed in range(1000, 5000):
+        try:
+            simulate(seed)
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
