@@ -66,6 +66,9 @@ def environment(args: argparse.Namespace, cache: str | None) -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in cores)
     os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    # What 0.32.0 saves ahead of time it cannot load again here ("no attribute 'finalize_loading'"), and so
+    # compiles at every start. Without it, a second start finds inductor's cache: less than half the time.
+    os.environ["VLLM_USE_AOT_COMPILE"] = "0"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     if cache is not None:
