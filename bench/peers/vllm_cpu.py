@@ -67,7 +67,7 @@ def environment(args: argparse.Namespace, cache: str | None) -> None:
     os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     # What 0.32.0 saves ahead of time it cannot load again here ("no attribute 'finalize_loading'"), and so
-    # compiles at every start. Without it, a second start finds inductor's cache: less than half the time.
+    # compiles at every start. Without it, a second start finds inductor's cache.
     os.environ["VLLM_USE_AOT_COMPILE"] = "0"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
