@@ -6,11 +6,13 @@ behind loses its stream, so that memory is bounded and others are not held up.
 
 import asyncio
 from collections import deque
+from itertools import chain
 
 from runtime.server.pipeline import Piece
 from runtime.server.statuses import SlowReader
 
-_LARGEST_WRITE = 8192  # weight of one merged piece: about 200 KB, well below any message limit
+_LARGEST_WRITE = 8192  # weight of one written piece: about 200 KB, well below any message limit
+_MERGED_AT_ONCE = 64  # what waits is kept in pieces of this weight: a piece a token would take 5x the memory
 
 
 class Backlog:
@@ -33,6 +35,8 @@ class Backlog:
         self._weight += _weight(piece)
         if self._weight > self._limit:
             raise SlowReader(f"the reader is {self._weight} tokens behind; read the stream faster")
+        if self._pieces and _weight(self._pieces[-1]) < _MERGED_AT_ONCE:
+            piece = merge([self._pieces.pop(), piece])
         self._pieces.append(piece)
         self._changed.set()
 
@@ -64,11 +68,11 @@ def merge(pieces: list[Piece]) -> Piece:
     """Consecutive pieces as one. Only the last may have a `final`."""
     return Piece(
         text="".join(piece.text for piece in pieces),
-        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
-        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        token_ids=tuple(chain.from_iterable(piece.token_ids for piece in pieces)),
+        logprobs=tuple(chain.from_iterable(piece.logprobs for piece in pieces)),
         final=pieces[-1].final,
     )
 
 
 def _weight(piece: Piece) -> int:
-    return 1 + len(piece.token_ids) + sum(len(entry.top) for entry in piece.logprobs)
+    return len(piece.token_ids) + sum(len(entry.top) for entry in piece.logprobs)

@@ -5,7 +5,6 @@ Raises TramontaneErrors; guard.py makes statuses of them. Knows nothing of ports
 
 import asyncio
 import enum
-import logging
 import secrets
 from contextlib import aclosing
 
@@ -19,8 +18,6 @@ from runtime.server.backlog import Backlog
 from runtime.server.pipeline import Completion, Final, Pipeline
 from runtime.server.statuses import Cancelled, DeadlineExceeded
 from runtime.types import FinishReason
-
-log = logging.getLogger(__name__)
 
 
 class Admission(enum.Enum):

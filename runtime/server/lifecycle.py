@@ -49,7 +49,7 @@ async def serve(
     Raises NotEnough for a port that cannot be had, InvalidArgument for a host that is not of this machine.
     """
     limits = limits or Limits()
-    _check_address(host, port)
+    check_address(host, port)
     server = grpc.aio.server(interceptors=[Guard()], options=channel_options(limits))
     service = InferenceService(pipeline, max_streams=limits.max_streams, max_lag=limits.max_lag)
     inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
@@ -158,7 +158,7 @@ def channel_options(limits: Limits) -> list[tuple[str, int]]:
     ]
 
 
-def _check_address(host: str, port: int) -> None:
+def check_address(host: str, port: int) -> None:
     """Say what is wrong with an address, where gRPC would only log and fail."""
     if not 0 <= port <= 65535:
         raise InvalidArgument("port", f"must be from 0 to 65535, not {port}")

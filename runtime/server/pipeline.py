@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -120,6 +121,7 @@ class Pipeline:
 
     async def prepare(self, completion: Completion) -> Request:
         """The engine's request, everything filled in and checked. Raises InvalidArgument."""
+        started = time.monotonic()
         # Tokenising a long prompt or rendering a template takes long enough to stall other streams.
         prompt = await asyncio.to_thread(self.encode, completion)
         for number, stop in enumerate(completion.params.stop):
@@ -132,13 +134,16 @@ class Pipeline:
         )
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(64))
+        deadline = completion.deadline
+        if deadline is not None:
+            deadline -= time.monotonic() - started
         eos = () if params.ignore_eos else tuple(self.tokenizer.eos_ids)
         return Request(
             request_id=completion.request_id,
             prompt=prompt,
             params=params,
             stop_ids=tuple(dict.fromkeys((*params.stop_token_ids, *eos))),
-            deadline=completion.deadline,
+            deadline=deadline,
             priority=completion.priority,
             cache_salt=completion.cache_salt,
         )

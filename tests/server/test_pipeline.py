@@ -4,7 +4,7 @@ import asyncio
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import InvalidArgument, QueueFull
@@ -116,6 +116,7 @@ def test_logprobs_come_with_their_tokens():
     assert [[top.token for top in entry.top] for entry in logprobs] == [[97, 98], [98, 99]]
 
 
+@settings(deadline=None)
 @given(
     st.text("ab\u00e9\u4e2d", max_size=24),
     st.lists(st.text("ab\u00e9\u4e2d", min_size=1, max_size=4), max_size=3),

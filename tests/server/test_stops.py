@@ -2,7 +2,7 @@
 
 import itertools
 
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runtime.server.stops import StopMatcher
@@ -38,12 +38,14 @@ stop_lists = st.lists(st.text("ab", min_size=1, max_size=6), max_size=4)
 places = st.lists(st.integers(0, 1000), max_size=12)
 
 
+@settings(deadline=None)
 @given(letters, stop_lists, places)
 @example("aabaab", ["aab", "ab"], [1, 2, 3])
 def test_agrees_with_a_naive_search(text, stops, places):
     assert scan(cut(text, places), stops) == naive(text, stops)
 
 
+@settings(deadline=None)
 @given(letters, stop_lists, places, st.integers(0, 8))
 def test_matches_that_end_in_the_first_pieces_are_ignored(text, stops, places, unarmed):
     pieces = cut(text, places)
@@ -51,6 +53,7 @@ def test_matches_that_end_in_the_first_pieces_are_ignored(text, stops, places, u
     assert scan(pieces, stops, unarmed) == naive(text, stops, before + 1)
 
 
+@settings(deadline=None)
 @given(letters, st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=4), places)
 def test_holds_back_no_more_than_may_become_a_stop(text, stops, places):
     matcher = StopMatcher(stops)
