@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import grpc
 import pytest
@@ -28,7 +29,8 @@ def test_stubs_are_those_of_the_protos(tmp_path):
 
 
 def test_lint_is_clean():
-    done = subprocess.run(["buf", "lint"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    buf = Path(sys.executable).with_name("buf")  # buf-bin puts it beside the interpreter
+    done = subprocess.run([buf, "lint"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
@@ -128,6 +130,7 @@ with grpc.insecure_channel(sys.argv[1]) as channel:
     stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
     request = generate_pb2.GenerateRequest(text="hi", sampling={"stop": ["lo"]})
     messages = list(stub.Generate(request, timeout=10))
+assert generate_pb2.__file__.startswith(sys.argv[2]), "not the stubs that were generated here"
 print(json.dumps(["".join(m.text for m in messages), messages[-1].finish.stop_string]))
 """
 
@@ -139,9 +142,11 @@ def test_stubs_that_a_stranger_generates_from_the_protos_work(tmp_path):
         protos = [str(path.relative_to(REPOSITORY / "proto")) for path in STUBS.glob("*.proto")]
         flags = [f"-I{REPOSITORY / 'proto'}", f"--python_out={tmp_path}", f"--grpc_python_out={tmp_path}"]
         subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *flags, *protos], check=True, timeout=60)
+        for package in ("tramontane", "tramontane/v1"):  # an installed tramontane must not come first
+            (tmp_path / package / "__init__.py").touch()
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
         done = subprocess.run(
-            [sys.executable, "-c", STRANGER, target],
+            [sys.executable, "-c", STRANGER, target, str(tmp_path)],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
