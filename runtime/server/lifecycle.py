@@ -159,7 +159,10 @@ def channel_options(limits: Limits) -> list[tuple[str, int]]:
 
 
 def check_address(host: str, port: int) -> None:
-    """Say what is wrong with an address, where gRPC would only log and fail."""
+    """Say what is wrong with an address to bind, where gRPC would only log and fail.
+
+    `serve` does this itself; callers with slow work before it may want to know first. Raises as it does.
+    """
     if not 0 <= port <= 65535:
         raise InvalidArgument("port", f"must be from 0 to 65535, not {port}")
     try:
