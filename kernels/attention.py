@@ -26,9 +26,10 @@ class AttentionCall:
 
     Rows of a tile past its tokens are padding; `query` names a real row for them and `out` drops them."""
 
-    query: torch.Tensor  # int64 [B * tokens]: rows of q
+    query: torch.Tensor | None  # int64 [B * tokens]: rows of q; None: all rows of q, in order
     tokens: int
-    blocks: torch.Tensor  # int64 [B or 1, L / block_size]: KV blocks in order; 1 is shared by all tiles
+    blocks: torch.Tensor | slice  # int64 [B or 1, L / block_size]: KV blocks in order; 1 is shared by all
+    # tiles. A slice is the one run of neighbouring blocks that all tiles read, without a copy.
     mask: torch.Tensor  # [B, 1, 16, L] additive
     keep: int  # leading entries of `query` that are real
 
@@ -44,21 +45,31 @@ def padded_blocks(positions: int, block_size: int, dtype: torch.dtype) -> int:
     return -(-positions // pad) * pad // block_size
 
 
+def block_run(blocks: Sequence[int], count: int) -> slice | None:
+    """`blocks`, extended to `count` entries by whatever follows the last, as one run of neighbours; None if
+    they are not neighbours. Entries past the sequence's own hold other sequences' values, all masked."""
+    first = blocks[0]
+    if any(block != first + i for i, block in enumerate(blocks)):
+        return None
+    return slice(first, first + count)
+
+
 def decode_call(
-    rows: Sequence[int],
+    rows: Sequence[int] | None,
     positions: torch.Tensor,
-    blocks: torch.Tensor,
+    blocks: torch.Tensor | slice,
     *,
     block_size: int,
     window: int | None,
     dtype: torch.dtype,
 ) -> AttentionCall:
-    """One token of each of B sequences. positions int64 [B]; blocks int64 [B, n] with n
-    from `padded_blocks`, unused entries 0."""
-    length = blocks.shape[1] * block_size
-    allowed = _allowed(positions[:, None], length, window)  # [B, 1, L]
+    """One token of each of B sequences, in rows `rows` of q, or in all of them (None). positions int64 [B];
+    blocks int64 [B, n] with n from `padded_blocks`, unused entries 0, or a run of n blocks where B is 1."""
+    count = blocks.stop - blocks.start if isinstance(blocks, slice) else blocks.shape[1]
+    allowed = _allowed(positions[:, None], count * block_size, window)  # [B, 1, L]
     mask = _additive(allowed, dtype)[:, :, None, :].expand(-1, 1, TILE, -1)
-    return AttentionCall(torch.tensor(rows), 1, blocks, mask, len(rows))
+    query = None if rows is None else torch.tensor(rows)
+    return AttentionCall(query, 1, blocks, mask, positions.shape[0])
 
 
 def chunk_calls(
@@ -113,7 +124,10 @@ def paged_attention(
     parts = out.shape[0]
     for call in calls:
         tiles, length = call.mask.shape[0], call.mask.shape[3]
-        kv = cache.index_select(0, call.blocks.view(-1)).view(-1, length, 2, kv_heads, dim)
+        if isinstance(call.blocks, slice):
+            kv = cache[call.blocks].view(1, length, 2, kv_heads, dim)
+        else:
+            kv = cache.index_select(0, call.blocks.view(-1)).view(-1, length, 2, kv_heads, dim)
         k, v = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
         if split > 1:
             k, v = (t.repeat_interleave(split, dim=1) for t in (k, v))
@@ -122,13 +136,17 @@ def paged_attention(
         lanes, packed = kv_heads * split, group // split
         used = call.tokens * packed
         tile = q.new_zeros(tiles, lanes, TILE, dim)
+        wanted = q if call.query is None else q.index_select(0, call.query)
         tile[:, :, :used].view(tiles, lanes, call.tokens, packed, dim).copy_(
-            q.index_select(0, call.query).view(tiles, call.tokens, lanes, packed, dim).transpose(1, 2)
+            wanted.view(tiles, call.tokens, lanes, packed, dim).transpose(1, 2)
         )
         y = torch.nn.functional.scaled_dot_product_attention(tile, k, v, attn_mask=call.mask, scale=scale)
         y = y[:, :, :used].reshape(tiles, parts, lanes // parts, call.tokens, packed, dim)
         y = y.permute(1, 0, 3, 2, 4, 5).reshape(parts, tiles * call.tokens, -1)
-        out.index_copy_(1, call.query[: call.keep], y[:, : call.keep])
+        if call.query is None:
+            out.copy_(y)
+        else:
+            out.index_copy_(1, call.query[: call.keep], y[:, : call.keep])
     return out
 
 

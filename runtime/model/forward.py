@@ -16,7 +16,7 @@ from kernels.activation import silu_mul
 from kernels.attention import AttentionCall, paged_attention
 from kernels.embedding import rows
 from kernels.head import head_logits
-from kernels.linear import linear
+from kernels.linear import TILE, Int4Weight, linear
 from kernels.norm import rms_norm
 from kernels.rope import rope_
 from runtime.model.communicator import Communicator
@@ -85,27 +85,30 @@ class Forward:
         """Run the layers over a batch; the KV cache is written. Returns normalised fp32 [S, H] of the
         sampled rows."""
         shard, spec = self.shard, self.shard.spec
-        x = self._embed(batch.tokens)
+        m = batch.tokens.shape[0]
+        # Rows up to whole tiles, so that dense products need no padding of their own. Those past m stay 0.
+        residual = torch.zeros(-(-m // TILE) * TILE, spec.hidden)
+        x = residual[:m]
+        x.copy_(self._embed(batch.tokens))
         cos = self.cos.index_select(0, batch.positions)
         sin = self.sin.index_select(0, batch.positions)
+        first = shard.run[0]
         for index, layer in enumerate(shard.layers):
             h = rms_norm(x, layer.attention_norm, spec.norm_eps, shard.dtype)
             attended = self._attend(h, index, cos, sin, batch)
-            partials = {
-                shard.run[0] + u: linear(attended[u], weight)
-                for u, weight in enumerate(layer.attention_output)
-            }
-            x += self.sum_attention(partials, x.shape[0], spec.hidden)
-            h = rms_norm(x, layer.ffn_norm, spec.norm_eps, shard.dtype)
+            partials = {first + u: linear(attended[u], w) for u, w in enumerate(layer.attention_output)}
+            x += self.sum_attention(partials, m, spec.hidden)
+            h = rms_norm(residual, layer.ffn_norm, spec.norm_eps, shard.dtype)
             partials = {}
             for u, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
                 if gate_up is not None and down is not None:
-                    y = columns(h, gate_up)
+                    dense = not isinstance(gate_up.parts[0], Int4Weight)
+                    y = columns(h if dense else h[:m], gate_up)
                     width = gate_up.width // 2
-                    inner = torch.empty(x.shape[0], width, dtype=shard.dtype)
-                    silu_mul(y[:, :width], y[:, width:], out=inner)
-                    partials[shard.run[0] + u] = linear(inner, down)
-            x += self.sum_ffn(partials, x.shape[0], spec.hidden)
+                    inner = torch.empty(m, width, dtype=shard.dtype)
+                    silu_mul(y[:m, :width], y[:m, width:], out=inner)
+                    partials[first + u] = linear(inner, down)
+            x += self.sum_ffn(partials, m, spec.hidden)
         return rms_norm(x.index_select(0, batch.sampled), shard.output_norm, spec.norm_eps, torch.float32)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:

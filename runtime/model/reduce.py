@@ -36,7 +36,11 @@ class UnitSum:
         self.spans: list[list[Span]] = [
             [span for span in subtrees(run, units) if not all(empty[span[0] : span[1]])] for run in runs
         ]
-        self.missing = {(u, u + 1): None for u in range(units) if empty[u]}
+        # The folds within this rank, as (into, other) pairs of units in the order they are done, and the
+        # unit in which each of its subtrees ends up.
+        self._order: list[tuple[int, int]] = []
+        leaves = {(u, u + 1): None if empty[u] else u for u in range(units)}
+        self._first = [fold(leaves, span, self._note) for span in self.spans[comm.rank]]
         self._full_missing = {
             span: None for run in runs for span in subtrees(run, units) if all(empty[span[0] : span[1]])
         }
@@ -47,14 +51,18 @@ class UnitSum:
     def __call__(self, partials: dict[int, torch.Tensor], m: int, width: int) -> torch.Tensor:
         """partials[u] [m, width] of each non-empty unit u held here -> fp32 [m, width], the same on every
         rank. Consumes its input."""
-        leaves = {**self.missing, **{(u, u + 1): p for u, p in partials.items()}}
+        for into, other in self._order:
+            partials[into] = _add(partials[into], partials[other])
         if self.comm.size == 1:
-            total = fold(leaves, (0, self.units), _add)
-            return total.float()
-        mine = [fold(leaves, span, _add) for span in self.spans[self.comm.rank]]
+            return partials[self._first[0]].float()
+        mine = [partials[unit] for unit in self._first]
         if m * width * 4 >= LARGE:
             return self._sliced(mine, m, width)
         return self._whole(mine, m, width)
+
+    def _note(self, into: int, other: int) -> int:
+        self._order.append((into, other))
+        return into
 
     def _type(self, span: Span) -> torch.dtype:
         return self.leaf_dtype if self._single[span] else torch.float32

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from kernels.attention import AttentionCall, chunk_calls, decode_call, padded_blocks
+from kernels.attention import AttentionCall, block_run, chunk_calls, decode_call, padded_blocks
 from runtime.model.communicator import Communicator
 from runtime.model.forward import Batch, Forward
 from runtime.model.shard import Shard
@@ -131,12 +131,14 @@ class Runner:
             else:
                 table = torch.tensor(sequence.blocks[: -(-stop // self.block_size)])
                 calls += chunk_calls(first, chunk.start, chunk.length, table, group=self._group, **spec)
-        calls += self._decode_calls(lone, spec)
+        calls += self._decode_calls(lone, len(tokens), spec)
         at = torch.tensor(positions)
         cache_rows = torch.tensor(blocks) * self.block_size + at % self.block_size
         return Batch(torch.tensor(tokens), at, cache_rows, calls, torch.tensor(sampled, dtype=torch.int64))
 
-    def _decode_calls(self, lone: list[tuple[int, int, list[int]]], spec: dict) -> list[AttentionCall]:
+    def _decode_calls(
+        self, lone: list[tuple[int, int, list[int]]], all_rows: int, spec: dict
+    ) -> list[AttentionCall]:
         """Group single tokens of similar KV length, so that padding at most doubles the work."""
         dtype = self.forward.shard.dtype
         buckets: dict[int, list[tuple[int, int, list[int]]]] = {}
@@ -146,11 +148,21 @@ class Runner:
         calls = []
         for entries in buckets.values():
             longest = max(entry[1] for entry in entries) + 1
-            table = np.zeros((len(entries), padded_blocks(longest, self.block_size, dtype)), np.int64)
-            for i, (_, position, owned) in enumerate(entries):
-                count = position // self.block_size + 1
-                table[i, :count] = owned[:count]
-            rows = [entry[0] for entry in entries]
+            count = padded_blocks(longest, self.block_size, dtype)
+            rows = None if len(entries) == all_rows else [entry[0] for entry in entries]
             at = torch.tensor([entry[1] for entry in entries])
-            calls.append(decode_call(rows, at, torch.from_numpy(table), **spec))
+            blocks = self._one_run(entries, count) if len(entries) == 1 else None
+            if blocks is None:
+                table = np.zeros((len(entries), count), np.int64)
+                for i, (_, position, owned) in enumerate(entries):
+                    used = position // self.block_size + 1
+                    table[i, :used] = owned[:used]
+                blocks = torch.from_numpy(table)
+            calls.append(decode_call(rows, at, blocks, **spec))
         return calls
+
+    def _one_run(self, entries: list[tuple[int, int, list[int]]], count: int) -> slice | None:
+        """The neighbouring blocks of a lone sequence, if it has such: they are read in place."""
+        _, position, owned = entries[0]
+        run = block_run(owned[: position // self.block_size + 1], count)
+        return run if run is not None and run.stop <= self.forward.cache.shape[1] else None
