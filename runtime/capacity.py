@@ -8,7 +8,7 @@ import psutil
 
 from runtime.config import EngineConfig, ParallelConfig
 from runtime.errors import InvalidArgument, NotEnough
-from runtime.model.load import OpenModel
+from runtime.model.header import OpenModel
 
 DEFAULT_SHARE = 0.25  # of the memory that is free, for all ranks of a host together
 DEFAULT_CAP = 512 << 20  # bytes a rank that a CPU server takes unasked

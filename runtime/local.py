@@ -15,8 +15,8 @@ from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.errors import TramontaneError
 from runtime.loop import EngineLoop
 from runtime.model.communicator import Alone, Communicator, Threads
-from runtime.model.info import engine_info
-from runtime.model.load import load_shard, open_model
+from runtime.model.header import open_model
+from runtime.model.load import engine_info, load_shard
 from runtime.model.runner import Runner
 from runtime.model.units import rank_units
 from runtime.types import EngineInfo, Finished, FinishReason, Load, Output, Request, StepPlan, StepResult

@@ -14,6 +14,7 @@ import psutil
 import ray
 
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
+from runtime.types import EngineInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class RankReport:
     bytes_per_second: float
     weight_bytes: int
     config: EngineConfig  # with the KV blocks that this rank's host can hold
+    info: EngineInfo
 
 
 @ray.remote(num_cpus=0.001, max_restarts=0, max_concurrency=4)
@@ -56,7 +58,8 @@ class RankActor:
         from runtime.capacity import kv_blocks
         from runtime.cluster.peers import SocketCommunicator
         from runtime.model.communicator import Alone
-        from runtime.model.load import load_shard, open_model
+        from runtime.model.header import open_model
+        from runtime.model.load import engine_info, load_shard
 
         opened = open_model(model)
         config = kv_blocks(opened, engine, parallel, model.max_model_len)
@@ -75,13 +78,14 @@ class RankActor:
             read.bytes_per_second,
             self._shard.nbytes,
             config,
+            engine_info(opened, model, config, self._tp),
         )
 
     def run(self, config: EngineConfig, host: str, port: int) -> str:
         """Execute the engine's plans until it hangs up; returns why it ended."""
         import torch
 
-        from runtime.cluster.step_channel import run_rank
+        from runtime.cluster.rank_loop import run_rank
         from runtime.model.runner import Runner
 
         torch.set_num_threads(self._threads)  # the setting belongs to the calling thread

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import ray
@@ -19,10 +19,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from runtime.cluster.actors import EngineActor, RankActor, RankReport
 from runtime.config import ServeConfig
 from runtime.errors import NotEnough, TramontaneError, Unavailable
-from runtime.model.info import engine_info
-from runtime.model.load import open_model
+from runtime.model.header import open_model
 from runtime.model.units import rank_units
-from runtime.types import Finished, FinishReason, Request, SamplingParams
+from runtime.types import EngineInfo, Finished, FinishReason, Request, SamplingParams
 from runtime.wire.gateway_channel import EngineChannel
 
 PLACE_SECONDS = 60.0
@@ -61,7 +60,8 @@ class Cluster:
             blocks = min(report.config.total_blocks for report in self.reports)
             settled = replace(self.reports[0].config, total_blocks=blocks)
             nodes = tuple(f"rank {r.rank} on {r.node}, pid {r.pid}" for r in self.reports)
-            self.info = engine_info(opened, config.model, settled, config.parallel.tp, nodes)
+            infos = [replace(r.info, total_blocks=blocks, rank_nodes=nodes) for r in self.reports]
+            self.info = _agreed(infos)
             self._runs = [rank.run.remote(settled, *self._address) for rank in self._ranks]
             ray.get(self._engine.serve.remote(settled, self.info))
             say("first forward step")
@@ -140,9 +140,7 @@ class Cluster:
         """Actors in one placement group: tensor parallelism stays inside a node."""
         self._group = placement_group([BUNDLE] * (tp + 1), strategy="STRICT_PACK")
         if not self._group.wait(PLACE_SECONDS):
-            raise NotEnough(
-                f"Ray found no node for {tp} ranks in {PLACE_SECONDS:.0f} s: see `ray status`"
-            )
+            raise NotEnough(f"Ray found no node for {tp} ranks in {PLACE_SECONDS:.0f} s: see `ray status`")
 
         def at(bundle: int) -> PlacementGroupSchedulingStrategy:
             return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
@@ -175,3 +173,11 @@ class Cluster:
                     raise Unavailable(f"the first forward step failed: {output.detail}")
         finally:
             await channel.close()
+
+
+def _agreed(infos: Sequence[EngineInfo]) -> EngineInfo:
+    """What all ranks say alike. They differ where hosts differ, and then bits would."""
+    if any(info != infos[0] for info in infos):
+        names = ", ".join(sorted({info.numerics for info in infos}))
+        raise Unavailable(f"the ranks do not compute alike ({names}): use hosts of one kind and version")
+    return infos[0]

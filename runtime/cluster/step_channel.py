@@ -1,4 +1,4 @@
-"""The step channel: plans from the engine to its ranks, results back, over one TCP connection a rank.
+"""The engine's end of the step channel: plans out, results back, over one TCP connection a rank.
 
 Ranks send a heartbeat every second whatever they compute. A rank that is silent for ten, or hangs up, ends
 the group: a tensor-parallel step cannot go on without it.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from runtime.errors import TramontaneError, Unavailable
-from runtime.model.runner import Runner
+from runtime.errors import Unavailable
 from runtime.types import StepPlan, StepResult
 from runtime.wire.connection import Connection
 from runtime.wire.messages import Hello, WireError, encode
 
-BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 10.0
 JOIN_SECONDS = 120.0
 
@@ -75,37 +73,3 @@ class TcpRanks:
         except WireError as error:
             if not self._closing:
                 self._on_lost(f"rank {rank} is lost: {error}")
-
-
-def run_rank(runner: Runner, host: str, port: int, token: str) -> str:
-    """A rank's life: join the engine, execute plans until it hangs up. Returns why it ended."""
-    connection = Connection.connect(host, port, Hello("rank", token, runner.comm.rank))
-    ended = threading.Event()
-
-    def beat() -> None:
-        while not ended.wait(BEAT_SECONDS):
-            try:
-                connection.send("beat", 0)
-            except WireError:
-                return  # the main thread sees it too
-
-    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
-    try:
-        while True:
-            try:
-                _, plan = connection.receive()
-            except WireError as error:
-                return str(error)
-            if not isinstance(plan, StepPlan):
-                return "the engine sent something that is not a plan"
-            try:
-                result = runner.execute(plan)
-            except Exception as error:  # a defect in a step ends the group, never silently
-                kind = "" if isinstance(error, TramontaneError) else f"{type(error).__name__}: "
-                connection.send("failed", f"{kind}{error}")
-                raise
-            if runner.comm.rank == 0:
-                connection.send("result", result)
-    finally:
-        ended.set()
-        connection.close()

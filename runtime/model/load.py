@@ -1,99 +1,21 @@
-"""From a model's path to a rank ready to run: header, checks, plan of ranges, weights.
-
-Everything that can be wrong with a file is found here, before weights are read or memory is taken.
-"""
+"""Loads one rank's share of an opened model, and says what a gateway must know of it."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from runtime.config import ModelConfig
-from runtime.errors import InvalidArgument, UnsupportedModel
+from runtime.config import EngineConfig, ModelConfig
+from runtime.model.header import OpenModel
+from runtime.model.layout import shard_slices
 from runtime.model.numerics import numerics_name
-from runtime.model.shard import Shard, build_shard, expected_shapes, shard_slices
-from runtime.model.spec import ModelSpec, spec_from_gguf, spec_from_hf
-from runtime.model.units import Span, Unit, rank_units
-from runtime.weights.checkpoint import Checkpoint, check_tensor, open_checkpoint
-from runtime.weights.formats import TensorType
+from runtime.model.shard import Shard, build_shard
+from runtime.model.units import rank_units
+from runtime.types import EngineInfo
 from runtime.weights.loader import LoadReport, load
 
-# Gate and up projections kept dense must not crowd out everything else: beyond this they stay int4.
-DENSE_FFN_LIMIT = 2 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class OpenModel:
-    """A model whose header has been read and checked."""
-
-    checkpoint: Checkpoint
-    spec: ModelSpec
-    units: tuple[Unit, ...]
-    dtype: torch.dtype
-    dense_ffn: bool
-    quantize: str | None
-
-    @property
-    def numerics(self) -> str:
-        return numerics_name(
-            dtype=self.dtype, dense_ffn=self.dense_ffn, units=len(self.units), quantize=self.quantize
-        )
-
-    @property
-    def kv_bytes_per_position(self) -> int:
-        """Bytes of keys and values of one position over all layers and heads."""
-        spec = self.spec
-        return spec.layers * 2 * spec.kv_heads * spec.head_dim * self.dtype.itemsize
-
-
-def model_spec(checkpoint: Checkpoint) -> ModelSpec:
-    """The spec of an opened checkpoint, with every tensor it needs there and of the right shape."""
-    if checkpoint.kind == "gguf":
-        embedding = checkpoint.tensors.get("token_embd.weight")
-        spec = spec_from_gguf(
-            checkpoint.path,
-            checkpoint.metadata,
-            checkpoint.tensors,
-            vocab_rows=embedding.rows if embedding else 0,
-        )
-    else:
-        name = os.path.basename(os.path.normpath(checkpoint.path))
-        spec = spec_from_hf(
-            os.path.join(checkpoint.path, "config.json"), checkpoint.config, checkpoint.tensors, name
-        )
-    shapes = expected_shapes(spec)
-    for tensor, (rows, cols) in shapes.items():
-        check_tensor(checkpoint, tensor, rows, cols)
-    for tensor in checkpoint.tensors:
-        if tensor.startswith("blk.") and tensor not in shapes:
-            raise UnsupportedModel(f"{checkpoint.path}: {tensor}: a tensor that a Llama model does not have")
-    return spec
-
-
-def open_model(config: ModelConfig) -> OpenModel:
-    """Read and check a model's header and decide its numerics. No weights are read."""
-    checkpoint = open_checkpoint(config.path)
-    spec = model_spec(checkpoint)
-    if config.quantize not in (None, "int4"):
-        raise InvalidArgument("quantize", f"{config.quantize!r} is not int4")
-    if config.quantize and checkpoint.kind == "gguf":
-        raise InvalidArgument("quantize", "a GGUF file is served as it is quantised; this is for safetensors")
-    matrices = [checkpoint.tensors[name] for name, (rows, _) in expected_shapes(spec).items() if rows > 1]
-    if config.dtype == "auto":
-        # Full-precision files were made to be exact; quantised and bf16 ones lose nothing to bf16 here.
-        exact = any(t.type in (TensorType.F32, TensorType.F16) for t in matrices)
-        dtype = torch.float32 if exact and not config.quantize else torch.bfloat16
-    elif config.dtype in ("bf16", "fp32"):
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
-    else:
-        raise InvalidArgument("dtype", f"{config.dtype!r} is none of auto, bf16, fp32")
-    down = [checkpoint.tensors[f"blk.{i}.ffn_down.weight"].type for i in range(spec.layers)]
-    block = 32 if config.quantize else max(t.block for t in down)
-    dense = dtype == torch.bfloat16 and spec.layers * 2 * spec.ffn * spec.hidden * 2 <= DENSE_FFN_LIMIT
-    return OpenModel(checkpoint, spec, spec.units(block), dtype, dense, config.quantize)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def load_shard(
@@ -105,9 +27,41 @@ def load_shard(
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Shard, LoadReport]:
     """Read the ranges of one rank and build its weights."""
-    run: Span = rank_units(len(model.units), tp)[rank]
+    run = rank_units(len(model.units), tp)[rank]
     slices = shard_slices(model.spec, model.units, run)
     loader = load(model.checkpoint, slices, threads=threads, quantize=model.quantize, progress=progress)
-    shard = build_shard(model.spec, model.units, run, loader, dtype=model.dtype, dense_ffn=model.dense_ffn)
+    shard = build_shard(
+        model.spec, model.units, run, loader, dtype=DTYPES[model.dtype], dense_ffn=model.dense_ffn
+    )
     assert loader.report is not None
     return shard, loader.report
+
+
+def engine_info(
+    opened: OpenModel,
+    model: ModelConfig,
+    config: EngineConfig,
+    tp: int,
+    nodes: tuple[str, ...] = (),
+) -> EngineInfo:
+    return EngineInfo(
+        model=model.name or opened.spec.name,
+        numerics=numerics(opened),
+        context_length=config.max_model_len,
+        vocab_size=opened.spec.vocab,
+        tp=tp,
+        units=len(opened.units),
+        block_size=config.block_size,
+        total_blocks=config.total_blocks,
+        max_num_seqs=config.max_num_seqs,
+        rank_nodes=nodes,
+    )
+
+
+def numerics(opened: OpenModel) -> str:
+    return numerics_name(
+        dtype=DTYPES[opened.dtype],
+        dense_ffn=opened.dense_ffn,
+        units=len(opened.units),
+        quantize=opened.quantize,
+    )

@@ -1,7 +1,6 @@
-"""What one rank holds of a model, and which ranges of the file that is.
+"""What one rank holds of a model: the ranges that `layout` plans, turned into the operators' own weights.
 
-`shard_slices` is the plan, made from the header alone; `build_shard` turns the ranges, as they arrive, into
-the operators' own weights. Which operator serves which weight is part of the model's numerics.
+Which operator serves which weight is part of the model's numerics.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import torch
 from kernels.embedding import RowTable, rows
 from kernels.head import HeadShare
 from kernels.linear import Weight, int4_takes, pack_bf16, pack_fp32, pack_int4
+from runtime.model.layout import RunShare, times
 from runtime.model.spec import ModelSpec
 from runtime.model.units import Span, Unit
-from runtime.weights.loader import Slice
+from runtime.weights.plan import Slice
 from runtime.weights.planar import Planar
 
 Loaded = torch.Tensor | Planar
@@ -71,78 +71,6 @@ class Shard:
         return sum(seen.values())
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """The ranges of a run of units, contiguous over the whole model."""
-
-    heads: Span
-    kv_heads: Span
-    ffn: Span
-    vocab: Span
-
-    @staticmethod
-    def of(units: tuple[Unit, ...]) -> _Run:
-        def span(name: str) -> Span:
-            return getattr(units[0], name)[0], getattr(units[-1], name)[1]
-
-        return _Run(span("heads"), span("kv_heads"), span("ffn"), span("vocab"))
-
-
-def _times(span: Span, factor: int) -> Span:
-    return span[0] * factor, span[1] * factor
-
-
-def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """(rows, cols) of every tensor a file of this model must have; vectors have one row."""
-    h, d = spec.hidden, spec.head_dim
-    shapes = {"token_embd.weight": (spec.vocab, h), "output_norm.weight": (1, h)}
-    if not spec.tied_head:
-        shapes["output.weight"] = (spec.vocab, h)
-    if spec.rope_factors:
-        shapes["rope_freqs.weight"] = (1, d // 2)
-    for i in range(spec.layers):
-        shapes |= {
-            f"blk.{i}.attn_norm.weight": (1, h),
-            f"blk.{i}.attn_q.weight": (spec.heads * d, h),
-            f"blk.{i}.attn_k.weight": (spec.kv_heads * d, h),
-            f"blk.{i}.attn_v.weight": (spec.kv_heads * d, h),
-            f"blk.{i}.attn_output.weight": (h, spec.heads * d),
-            f"blk.{i}.ffn_norm.weight": (1, h),
-            f"blk.{i}.ffn_gate.weight": (spec.ffn, h),
-            f"blk.{i}.ffn_up.weight": (spec.ffn, h),
-            f"blk.{i}.ffn_down.weight": (h, spec.ffn),
-        }
-    return shapes
-
-
-def shard_slices(spec: ModelSpec, units: tuple[Unit, ...], run: Span) -> list[Slice]:
-    """The ranges a rank that holds units `run` reads, in the order `build_shard` takes them."""
-    mine = units[run[0] : run[1]]
-    share = _Run.of(mine)
-    h, d = spec.hidden, spec.head_dim
-    slices = [Slice("token_embd.weight", share.vocab, (0, h)), Slice("output_norm.weight", (0, 1), (0, h))]
-    if not spec.tied_head:
-        slices.append(Slice("output.weight", share.vocab, (0, h)))
-    if spec.rope_factors:
-        slices.append(Slice("rope_freqs.weight", (0, 1), (0, d // 2)))
-    for i in range(spec.layers):
-        slices += [
-            Slice(f"blk.{i}.attn_norm.weight", (0, 1), (0, h)),
-            Slice(f"blk.{i}.attn_q.weight", _times(share.heads, d), (0, h)),
-            Slice(f"blk.{i}.attn_k.weight", _times(share.kv_heads, d), (0, h)),
-            Slice(f"blk.{i}.attn_v.weight", _times(share.kv_heads, d), (0, h)),
-            *(Slice(f"blk.{i}.attn_output.weight", (0, h), _times(u.heads, d)) for u in mine),
-            Slice(f"blk.{i}.ffn_norm.weight", (0, 1), (0, h)),
-        ]
-        if share.ffn[0] < share.ffn[1]:
-            slices += [
-                Slice(f"blk.{i}.ffn_gate.weight", share.ffn, (0, h)),
-                Slice(f"blk.{i}.ffn_up.weight", share.ffn, (0, h)),
-                *(Slice(f"blk.{i}.ffn_down.weight", (0, h), u.ffn) for u in mine if u.ffn[0] < u.ffn[1]),
-            ]
-    return slices
-
-
 def build_shard(
     spec: ModelSpec,
     units: tuple[Unit, ...],
@@ -158,7 +86,7 @@ def build_shard(
     sixteen rows then cost what one does. Each file tensor is dropped as soon as it is packed.
     """
     mine = units[run[0] : run[1]]
-    share = _Run.of(mine)
+    share = RunShare.of(mine)
     pack = _Packer(dtype)
 
     def take(name: str) -> Loaded:
@@ -185,9 +113,9 @@ def build_shard(
         order = None if spec.half_split_rope else _half_split_order(spec.head_dim)
         qkv = pack.columns(
             [
-                (_reorder(take(name("attn_q")), order), [_times(u.heads, spec.head_dim) for u in mine]),
-                (_reorder(take(name("attn_k")), order), [_times(u.kv_heads, spec.head_dim) for u in mine]),
-                (take(name("attn_v")), [_times(u.kv_heads, spec.head_dim) for u in mine]),
+                (_reorder(take(name("attn_q")), order), [times(u.heads, spec.head_dim) for u in mine]),
+                (_reorder(take(name("attn_k")), order), [times(u.kv_heads, spec.head_dim) for u in mine]),
+                (take(name("attn_v")), [times(u.kv_heads, spec.head_dim) for u in mine]),
             ],
             dense=False,
             fuse=False,

@@ -1,0 +1,85 @@
+"""Opens a model by its header: what it is, whether it can be served, in which numbers. No torch.
+
+Everything that can be wrong with a file is found here, before weights are read or memory is taken.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from runtime.config import ModelConfig
+from runtime.errors import InvalidArgument, UnsupportedModel
+from runtime.model.layout import expected_shapes
+from runtime.model.spec import ModelSpec, spec_from_gguf, spec_from_hf
+from runtime.model.units import Unit
+from runtime.weights.checkpoint import Checkpoint, check_tensor, open_checkpoint
+from runtime.weights.formats import TensorType
+
+# Gate and up projections kept dense must not crowd out everything else: beyond this they stay int4.
+DENSE_FFN_LIMIT = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A model whose header has been read and checked."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    units: tuple[Unit, ...]
+    dtype: str  # of activations and KV: "bf16" or "fp32"
+    dense_ffn: bool
+    quantize: str | None
+
+    @property
+    def kv_bytes_per_position(self) -> int:
+        """Bytes of keys and values of one position over all layers and heads."""
+        spec = self.spec
+        return spec.layers * 2 * spec.kv_heads * spec.head_dim * (4 if self.dtype == "fp32" else 2)
+
+
+def model_spec(checkpoint: Checkpoint) -> ModelSpec:
+    """The spec of an opened checkpoint, with every tensor it needs there and of the right shape."""
+    if checkpoint.kind == "gguf":
+        embedding = checkpoint.tensors.get("token_embd.weight")
+        spec = spec_from_gguf(
+            checkpoint.path,
+            checkpoint.metadata,
+            checkpoint.tensors,
+            vocab_rows=embedding.rows if embedding else 0,
+        )
+    else:
+        name = os.path.basename(os.path.normpath(checkpoint.path))
+        spec = spec_from_hf(
+            os.path.join(checkpoint.path, "config.json"), checkpoint.config, checkpoint.tensors, name
+        )
+    shapes = expected_shapes(spec)
+    for tensor, (rows, cols) in shapes.items():
+        check_tensor(checkpoint, tensor, rows, cols)
+    for tensor in checkpoint.tensors:
+        if tensor.startswith("blk.") and tensor not in shapes:
+            raise UnsupportedModel(f"{checkpoint.path}: {tensor}: a tensor that a Llama model does not have")
+    return spec
+
+
+def open_model(config: ModelConfig) -> OpenModel:
+    """Read and check a model's header and decide its numerics. No weights are read."""
+    checkpoint = open_checkpoint(config.path)
+    spec = model_spec(checkpoint)
+    if config.quantize not in (None, "int4"):
+        raise InvalidArgument("quantize", f"{config.quantize!r} is not int4")
+    if config.quantize and checkpoint.kind == "gguf":
+        raise InvalidArgument("quantize", "a GGUF file is served as it is quantised; this is for safetensors")
+    matrices = [checkpoint.tensors[name] for name, (rows, _) in expected_shapes(spec).items() if rows > 1]
+    if config.dtype == "auto":
+        # Full-precision files were made to be exact; quantised and bf16 ones lose nothing to bf16 here.
+        exact = any(t.type in (TensorType.F32, TensorType.F16) for t in matrices)
+        dtype = "fp32" if exact and not config.quantize else "bf16"
+    elif config.dtype in ("bf16", "fp32"):
+        dtype = config.dtype
+    else:
+        raise InvalidArgument("dtype", f"{config.dtype!r} is none of auto, bf16, fp32")
+    down = [checkpoint.tensors[f"blk.{i}.ffn_down.weight"].type for i in range(spec.layers)]
+    block = 32 if config.quantize else max(t.block for t in down)
+    dense = dtype == "bf16" and spec.layers * 2 * spec.ffn * spec.hidden * 2 <= DENSE_FFN_LIMIT
+    return OpenModel(checkpoint, spec, spec.units(block), dtype, dense, config.quantize)
