@@ -2,6 +2,7 @@
 
 No model and no ranks: 1,024 sequences decode, results are made up, one step stays in flight. `plan_ms` and
 `result_ms` are what one step costs the engine, with nothing waiting and with 100,000 requests waiting.
+The maxima are Python's garbage collector, which visits every waiting request in its rare full runs.
 """
 
 from __future__ import annotations

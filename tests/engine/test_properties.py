@@ -147,7 +147,7 @@ TestEngineMachine.settings = settings(
 
 class TestEngineMachineLong(EngineMachine.TestCase):
     settings = settings(
-        max_examples=1500, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=500, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
     )
     pytestmark = pytest.mark.slow
 
