@@ -1,0 +1,45 @@
+# The two commands of the README. Needs make and Python 3.11 or newer with its venv module; no network
+# beyond pip's own index, which is whatever pip is set up to use.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+SOURCES = pyproject.toml constraints.txt
+
+.PHONY: demo test setup lint clean help
+
+help:
+	@echo "make demo   pull a small chat model, serve it from two Ray actors, ask it through gRPC"
+	@echo "make test   lint and run the tests"
+	@echo "make setup  only install into $(VENV)"
+	@echo "make clean  remove $(VENV)"
+
+demo: $(VENV)/.runtime
+	@$(VENV)/bin/tramontane demo
+
+test: $(VENV)/.tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest
+
+setup: $(VENV)/.runtime
+
+# The stamps stand for "installed since these files last changed".
+$(VENV)/.runtime: $(SOURCES) | $(VENV)/bin/python
+	$(PIP) install --quiet --progress-bar off -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.tests: $(SOURCES) | $(VENV)/bin/python
+	$(PIP) install --quiet --progress-bar off -c constraints.txt -e ".[test]"
+	@touch $@ $(VENV)/.runtime
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) lacks its venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "Setting up $(VENV); the first time this downloads some 400 MB"
+	@$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV)

