@@ -41,7 +41,7 @@ class Engine(Protocol):
         """`async with` it for a client in the running loop."""
         ...
 
-    async def lost(self) -> str:
+    async def lost(self, client: EngineClient) -> str:
         """Return, with one line that says why, when the engine has lost its ranks."""
         ...
 
@@ -120,7 +120,7 @@ class _Local:
     async def connect(self) -> AsyncIterator[EngineClient]:
         yield self._engine.client
 
-    async def lost(self) -> str:
+    async def lost(self, client: EngineClient) -> str:
         here = asyncio.get_running_loop()
         detail: asyncio.Future[str] = here.create_future()
 
@@ -145,5 +145,5 @@ class _Remote:
         finally:
             await client.close()
 
-    async def lost(self) -> str:
-        return await self._cluster.wait_lost()
+    async def lost(self, client: EngineClient) -> str:
+        return await client.wait_lost()

@@ -37,7 +37,7 @@ async def _serve(front: Front, engine: Engine, config: ServeConfig, as_json: boo
         await _first_step(pipeline)
         server = await start_server(pipeline, host=config.host, port=config.port)
         signalled = asyncio.create_task(server.run_until_signal(DRAIN_SECONDS))
-        lost = asyncio.create_task(engine.lost())
+        lost = asyncio.create_task(engine.lost(client))
         await server.ready()
         _announce(server, engine.info, as_json)
         await asyncio.wait([signalled, lost], return_when=asyncio.FIRST_COMPLETED)
