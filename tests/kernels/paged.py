@@ -1,0 +1,121 @@
+"""A paged KV cache of random sequences, ways to attend over it, and the plain float64 answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kernels.attention import AttentionCall, chunk_calls, decode_call, padded_blocks, paged_attention
+from tests.bits import random
+
+
+@dataclass(frozen=True)
+class Shape:
+    dtype: torch.dtype = torch.bfloat16
+    kv_heads: int = 2
+    group: int = 4
+    dim: int = 16
+    block_size: int = 64
+    window: int | None = None
+
+    @property
+    def scale(self) -> float:
+        return self.dim**-0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive tokens of one sequence that a step computes together."""
+
+    sequence: int
+    start: int
+    length: int
+
+
+class Paged:
+    """Sequences whose q, k and v are random, k and v laid out over scattered blocks.
+
+    Positions that no sequence wrote hold `garbage`: what an earlier owner of the block left behind."""
+
+    def __init__(self, shape: Shape, lengths: Sequence[int], *, seed: int = 0, layout: int = 0, garbage=0.0):
+        self.shape, self.lengths = shape, lengths
+        heads = (shape.kv_heads, shape.dim)
+        self.q = [
+            random(seed + 3 * i, n, shape.kv_heads, shape.group, shape.dim, dtype=shape.dtype)
+            for i, n in enumerate(lengths)
+        ]
+        self.k = [random(seed + 3 * i + 1, n, *heads, dtype=shape.dtype) for i, n in enumerate(lengths)]
+        self.v = [random(seed + 3 * i + 2, n, *heads, dtype=shape.dtype) for i, n in enumerate(lengths)]
+        size = shape.block_size
+        counts = [-(-n // size) for n in lengths]
+        total = sum(counts) + 3
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(layout))
+        self.tables = [part.clone() for part in order[: sum(counts)].split(counts)]
+        self.cache = torch.full((total, size, 2, *heads), garbage, dtype=shape.dtype)
+        for i, table in enumerate(self.tables):
+            at = torch.arange(lengths[i])
+            self.cache[table[at // size], at % size, 0] = self.k[i]
+            self.cache[table[at // size], at % size, 1] = self.v[i]
+
+    def heads(self, start: int, stop: int) -> Paged:
+        """The same sequences as a rank sees them that holds KV heads start .. stop - 1."""
+        part = object.__new__(Paged)
+        part.shape = Shape(**{**self.shape.__dict__, "kv_heads": stop - start})
+        part.lengths, part.tables = self.lengths, self.tables
+        part.q, part.k, part.v = ([t[:, start:stop] for t in ts] for ts in (self.q, self.k, self.v))
+        part.cache = self.cache[:, :, :, start:stop].contiguous()
+        return part
+
+    def attend(self, runs: Sequence[Run], *, decode: bool = True, parts: int = 1) -> list[torch.Tensor]:
+        """One step over `runs`: [length, KV heads, group, D] of each. Lone tokens share a decode call, as
+        a runner would have it, unless `decode` is off."""
+        shape, calls, rows = self.shape, [], []
+        lone: list[tuple[int, Run]] = []
+        at = 0
+        spec = {"block_size": shape.block_size, "window": shape.window, "dtype": shape.dtype}
+        for run in runs:
+            rows.append(self.q[run.sequence][run.start : run.start + run.length])
+            if run.length == 1 and decode:
+                lone.append((at, run))
+            else:
+                stop = run.start + run.length
+                table = self.tables[run.sequence][: -(-stop // shape.block_size)]
+                calls += chunk_calls(at, run.start, run.length, table, group=shape.group, **spec)
+            at += run.length
+        if lone:
+            calls.append(self._decode(lone, spec))
+        q = torch.cat(rows)
+        width = shape.kv_heads // parts * shape.group * shape.dim
+        out = torch.full((parts, q.shape[0], width), float("nan"), dtype=shape.dtype)
+        assert paged_attention(q, self.cache, calls, shape.scale, out) is out
+        whole = out.view(parts, q.shape[0], -1, shape.group, shape.dim).transpose(0, 1)
+        whole = whole.reshape(q.shape[0], shape.kv_heads, shape.group, shape.dim)
+        return list(whole.split([run.length for run in runs]))
+
+    def _decode(self, lone: list[tuple[int, Run]], spec: dict) -> AttentionCall:
+        longest = max(run.start for _, run in lone) + 1
+        width = padded_blocks(longest, self.shape.block_size, self.shape.dtype)
+        table = torch.zeros(len(lone), width, dtype=torch.int64)
+        for i, (_, run) in enumerate(lone):
+            count = run.start // self.shape.block_size + 1
+            table[i, :count] = self.tables[run.sequence][:count]
+        positions = torch.tensor([run.start for _, run in lone])
+        return decode_call([row for row, _ in lone], positions, table, **spec)
+
+    def alone(self, sequence: int, position: int) -> torch.Tensor:
+        """One position by itself: [KV heads, group, D]."""
+        return self.attend([Run(sequence, position, 1)])[0][0]
+
+    def plain(self, run: Run) -> torch.Tensor:
+        """Softmax attention in float64, a query at a time: [length, KV heads, group, D]."""
+        rows = []
+        for position in range(run.start, run.start + run.length):
+            first = 0 if self.shape.window is None else max(0, position - self.shape.window + 1)
+            q = self.q[run.sequence][position].double()
+            k = self.k[run.sequence][first : position + 1].double()
+            v = self.v[run.sequence][first : position + 1].double()
+            weights = torch.softmax(torch.einsum("hgd,lhd->hgl", q, k) * self.shape.scale, dim=-1)
+            rows.append(torch.einsum("hgl,lhd->hgd", weights, v))
+        return torch.stack(rows)

@@ -1,0 +1,194 @@
+"""Linear layers: a row depends on itself alone, bit for bit, an int4 column too, and both are right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.linear import (
+    Int4Weight,
+    Weight,
+    int4_takes,
+    linear,
+    pack_bf16,
+    pack_fp32,
+    pack_int4,
+)
+from tests.bits import random, same_bits, torch_threads
+
+ROWS = (1, 2, 8, 15, 16, 17, 64, 256)
+# Shapes (N, K) that models have: a unit's share of something, of SmolLM2 and of stories260K; the ends of
+# what int4 takes; and odd ones, which only the dense operators take.
+INT4 = [(16, 32, 32), (192, 576, 32), (960, 576, 32), (576, 512, 32), (64, 256, 256), (48, 640, 128)]
+DENSE = [(1, 1), (64, 64), (43, 64), (64, 172), (192, 576), (1024, 576), (33, 1000)]
+
+
+def int4_parts(seed: int, n: int, k: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes = torch.randint(0, 16, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    scales = (random(seed + 1, n, k // group).abs() + 0.1) / (7 * k**0.5)
+    return codes, scales, -8 * scales * (1 + 0.1 * random(seed + 2, n, k // group))
+
+
+def weight_of(kind: str, n: int, k: int, group: int = 0) -> Weight:
+    if kind == "int4":
+        return pack_int4(*int4_parts(n + k, n, k, group), group)
+    dense = random(n * 7 + k, n, k) / k**0.5
+    return pack_bf16(dense) if kind == "bf16" else pack_fp32(dense)
+
+
+CASES = [("int4", *shape) for shape in INT4] + [
+    (kind, n, k, 0) for kind in ("bf16", "fp32") for n, k in DENSE
+]
+
+
+@pytest.mark.parametrize(("kind", "n", "k", "group"), CASES)
+def test_a_row_does_not_know_its_batch(kind, n, k, group):
+    """Each row of every batch, wherever it stands and whatever stands beside it, equals the row alone."""
+    weight = weight_of(kind, n, k, group)
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    x = random(3, max(ROWS), k, dtype=dtype)
+    x[5] = 0
+    with torch_threads(1):
+        alone = torch.cat([linear(x[i : i + 1], weight) for i in range(40)])
+    for threads in (1, 2, 4):
+        with torch_threads(threads):
+            for m in ROWS:
+                order = torch.randperm(max(ROWS), generator=torch.Generator().manual_seed(m))[:m]
+                y = linear(x[order].contiguous(), weight)
+                at = (order < 40).nonzero()[:, 0]
+                assert same_bits(y[at], alone[order[at]]), (m, threads)
+    with torch_threads(2):
+        assert same_bits(linear(x[:40].contiguous(), weight), alone)
+
+
+def test_a_long_fp32_row_does_not_know_its_batch():
+    """K 8192 on two threads: a plain 16-row product of this shape changes with the threads."""
+    weight = weight_of("fp32", 256, 8192)
+    x = random(4, 17, 8192)
+    with torch_threads(1):
+        alone = linear(x[:1], weight)
+    for threads in (1, 2, 4):
+        with torch_threads(threads):
+            assert same_bits(linear(x, weight)[:1], alone)
+            assert same_bits(linear(x.flip(0), weight)[16:], alone)
+
+
+@pytest.mark.parametrize("kind", ["int4", "bf16", "fp32"])
+@pytest.mark.parametrize("loud", [float("inf"), float("nan"), 1e30])
+def test_a_loud_neighbour_is_not_heard(kind, loud):
+    weight = weight_of(kind, 48, 320, 32)
+    x = random(5, 16, 320, dtype=torch.float32 if kind == "fp32" else torch.bfloat16)
+    quiet = linear(x, weight)
+    x[1::2] = loud
+    assert same_bits(linear(x, weight)[::2], quiet[::2])
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(96, 576, 32), (192, 256, 64)])
+@pytest.mark.parametrize("m", [1, 7, 16, 40])
+def test_int4_columns_do_not_know_their_neighbours(n, k, group, m):
+    """A unit's columns alone equal the same ones of the fused call, so ranks may fuse what they hold."""
+    codes, scales, offsets = int4_parts(1, n, k, group)
+    x = random(2, m, k, dtype=torch.bfloat16)
+    whole = linear(x, pack_int4(codes, scales, offsets, group))
+    for start, stop in [(0, 16), (16, 64), (n - 48, n), (0, n - 16)]:
+        rows = slice(start, stop)
+        for threads in (1, 2):
+            with torch_threads(threads):
+                part = linear(x, pack_int4(codes[rows], scales[rows], offsets[rows], group))
+            assert same_bits(part, whole[:, rows].contiguous())
+
+
+def exact_int4(weight: Int4Weight, codes: torch.Tensor) -> torch.Tensor:
+    """The operator's own weights, in float64."""
+    scale, zero = weight.scales_and_zeros.double().unbind(-1)
+    wide = [t.t().repeat_interleave(weight.group, dim=1) for t in (scale, zero)]
+    return (codes.double() - 8) * wide[0] + wide[1]
+
+
+@pytest.mark.parametrize(("n", "k", "group"), INT4)
+@pytest.mark.parametrize("m", [1, 16, 33])
+def test_int4_is_right(n, k, group, m):
+    """Within the rounding of the result to bf16, of weights to bf16 inside the operator, and fp32 sums."""
+    codes, scales, offsets = int4_parts(9, n, k, group)
+    weight = pack_int4(codes, scales, offsets, group)
+    x = random(8, m, k, dtype=torch.bfloat16)
+    w = exact_int4(weight, codes)
+    want, size = x.double() @ w.t(), x.double().abs() @ w.abs().t()
+    error = (linear(x, weight).double() - want).abs()
+    assert (error <= want.abs() * 2**-8 + size * 2**-9).all()
+    # What was stored is what was given, but for one bf16 rounding each of scale and zero.
+    given = codes.double() * scales.double().repeat_interleave(group, 1) + offsets.double().repeat_interleave(
+        group, 1
+    )
+    zero = (offsets + 8 * scales).double().repeat_interleave(group, 1).abs()
+    bound = (8 * scales.double().repeat_interleave(group, 1) + zero) * 2**-8
+    assert ((w - given).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("n", "k"), DENSE)
+@pytest.mark.parametrize("m", [1, 16, 33])
+def test_dense_is_right(n, k, m):
+    dense, x = random(6, n, k), random(7, m, k)
+    size = x.double().abs() @ dense.double().abs().t()
+    error = (linear(x, pack_fp32(dense)).double() - x.double() @ dense.double().t()).abs()
+    assert (error <= size * (k + 8) * 2**-24).all()
+    x, rounded = x.bfloat16(), dense.bfloat16().double()
+    want = x.double() @ rounded.t()
+    error = (linear(x, pack_bf16(dense)).double() - want).abs()
+    assert (error <= want.abs() * 2**-8 + size * (k + 8) * 2**-24).all()
+
+
+def test_inputs_are_left_alone():
+    for kind in ("int4", "bf16", "fp32"):
+        x = random(1, 20, 64, dtype=torch.float32 if kind == "fp32" else torch.bfloat16)
+        before = x.clone()
+        linear(x, weight_of(kind, 16, 64, 32))
+        assert same_bits(x, before)
+
+
+def test_a_strided_view_is_the_same_rows():
+    wide = random(1, 20, 128)
+    for kind in ("int4", "bf16", "fp32"):
+        x = (wide if kind == "fp32" else wide.bfloat16())[:, 32:96]
+        weight = weight_of(kind, 16, 64, 32)
+        assert same_bits(linear(x, weight), linear(x.contiguous(), weight))
+
+
+@pytest.mark.parametrize("kind", ["int4", "bf16", "fp32"])
+def test_bad_input_is_named(kind):
+    weight = weight_of(kind, 16, 64, 32)
+    right = torch.float32 if kind == "fp32" else torch.bfloat16
+    wrong = torch.bfloat16 if kind == "fp32" else torch.float32
+    with pytest.raises(ValueError, match=r"\(4, 63\).*K = 64"):
+        linear(torch.zeros(4, 63, dtype=right), weight)
+    with pytest.raises(ValueError, match=r"\(64,\)"):
+        linear(torch.zeros(64, dtype=right), weight)
+    with pytest.raises(ValueError, match="float"):
+        linear(torch.zeros(4, 64, dtype=wrong), weight)
+    with pytest.raises(ValueError, match="meta"):
+        linear(torch.zeros(4, 64, dtype=right, device="meta"), weight)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(15, 64, 32), (16, 48, 32), (16, 64, 48), (16, 96, 64), (16, 64, 16)]
+)
+def test_a_shape_the_int4_operator_refuses_is_refused_here(n, k, group):
+    assert not int4_takes(n, k, group)
+    codes = torch.zeros(n, k, dtype=torch.uint8)
+    scales = torch.zeros(n, max(1, k // group))
+    with pytest.raises(ValueError, match="int4 weight"):
+        pack_int4(codes, scales, scales, group)
+
+
+def test_int4_scales_of_another_shape_are_refused():
+    codes, scales = torch.zeros(16, 64, dtype=torch.uint8), torch.zeros(16, 2)
+    with pytest.raises(ValueError, match="int4 weight"):
+        pack_int4(codes, torch.zeros(16, 3), scales, 32)
+    with pytest.raises(ValueError, match="int4 weight"):
+        pack_int4(codes, scales, torch.zeros(16, 1), 32)
+
+
+def test_bytes_are_counted():
+    assert weight_of("int4", 64, 256, 32).nbytes == 64 * 256 // 2 + 64 * 8 * 4
+    assert weight_of("bf16", 64, 256).nbytes == 64 * 256 * 2
+    assert weight_of("fp32", 64, 600).nbytes == 64 * 600 * 4

@@ -1,0 +1,179 @@
+"""Norm, rotary embedding, table rows and head: each row by itself, and right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.embedding import RowTable, rows
+from kernels.head import RESCORED, HeadShare, head_logits
+from kernels.linear import pack_bf16, pack_fp32
+from kernels.norm import rms_norm
+from kernels.rope import rope_
+from tests.bits import random, same_bits, torch_threads
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("width", [1, 8, 64, 100, 576, 4096, 8192, 32767])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_norm(width, dtype):
+    m = 64 if width < 5000 else 9
+    x, weight = random(1, m, width) * 30, random(2, width)
+    want = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    with torch_threads(1):
+        alone = torch.cat([rms_norm(x[i : i + 1], weight, 1e-5, dtype) for i in range(m)])
+    assert alone.dtype == dtype
+    bound = 2**-8 if dtype == BF16 else 2**-20
+    assert ((alone.double() - want).abs() <= want.abs() * bound + 1e-12).all()
+    for threads in (1, 2, 4):
+        with torch_threads(threads):
+            for n in (2, 7, m):
+                assert same_bits(rms_norm(x[m - n :], weight, 1e-5, dtype), alone[m - n :])
+    if dtype == BF16:
+        assert same_bits(alone, rms_norm(x, weight, 1e-5, FP32).bfloat16())  # rounded once
+
+
+def test_norm_of_zeros_and_of_large_rows():
+    weight = torch.ones(64)
+    assert same_bits(rms_norm(torch.zeros(1, 64), weight, 1e-5, FP32), torch.zeros(1, 64))
+    large = torch.full((1, 64), 1e15)
+    assert (rms_norm(large, weight, 1e-5, FP32) - 1).abs().max() < 1e-6
+
+
+def test_norm_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="bfloat16"):
+        rms_norm(torch.zeros(1, 8, dtype=BF16), torch.ones(8), 1e-5, BF16)
+    with pytest.raises(ValueError, match=r"\(1, 8\)"):
+        rms_norm(torch.zeros(1, 8), torch.ones(9), 1e-5, FP32)
+    with pytest.raises(ValueError, match="32768"):
+        rms_norm(torch.zeros(1, 32768), torch.ones(32768), 1e-5, FP32)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize(("heads", "dim"), [(1, 2), (3, 8), (12, 64), (40, 128)])
+def test_rope(dtype, heads, dim):
+    m, half = 33, dim // 2
+    x = random(1, m, heads, dim, dtype=dtype)
+    angles = random(2, m, 1, half).double() * 100
+    cos = torch.cat((angles.cos(), angles.cos()), -1).float()
+    sin = torch.cat((-angles.sin(), angles.sin()), -1).float()
+    turned = torch.complex(x[..., :half].double(), x[..., half:].double()) * torch.polar(
+        torch.ones_like(angles), angles
+    )
+    want = torch.cat((turned.real, turned.imag), -1)
+    with torch_threads(1):
+        alone = torch.cat([rope_(x[i : i + 1].clone(), cos[i : i + 1], sin[i : i + 1]) for i in range(m)])
+    bound = 2**-8 if dtype == BF16 else 2**-22
+    size = x.double().abs() + torch.roll(x.double().abs(), half, -1)
+    assert ((alone.double() - want).abs() <= size * bound).all()
+    for threads in (1, 2, 4):
+        with torch_threads(threads):
+            for n in (2, m):
+                got = rope_(x[m - n :].clone(), cos[m - n :], sin[m - n :])
+                assert same_bits(got, alone[m - n :])
+            share = x[:, heads // 2 :].clone()
+            assert same_bits(rope_(share, cos, sin), alone[:, heads // 2 :].contiguous())
+    wide = torch.zeros(m, heads * dim + 5, dtype=dtype)  # part of a wider row, as q and k are
+    wide[:, : heads * dim] = x.view(m, -1)
+    rope_(wide[:, : heads * dim].view(m, heads, dim), cos, sin)
+    assert same_bits(wide[:, : heads * dim].reshape(m, heads, dim), alone)
+    assert (wide[:, heads * dim :] == 0).all()
+
+
+def quantised_table(v: int, k: int, group: int, *, offsets: bool = True) -> tuple[RowTable, torch.Tensor]:
+    """A table and its rows in float64."""
+    generator = torch.Generator().manual_seed(v + k)
+    if offsets:
+        codes = torch.randint(0, 16, (v, k), generator=generator, dtype=torch.uint8)
+    else:
+        codes = torch.randint(-128, 128, (v, k), generator=generator).to(torch.int8)
+    scales = random(1, v, k // group).abs() / 50
+    minima = random(2, v, k // group) / 10 if offsets else None
+    exact = codes.double() * scales.double().repeat_interleave(group, 1)
+    if minima is not None:
+        exact = exact + minima.double().repeat_interleave(group, 1)
+    return RowTable(codes, scales, minima, group), exact
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+def test_table_rows(offsets):
+    table, exact = quantised_table(100, 96, 32, offsets=offsets)
+    index = torch.tensor([99, 0, 7, 7, 50])
+    for threads in (1, 2):
+        with torch_threads(threads):
+            got = rows(table, index)
+    assert got.dtype == FP32 and (got.double() - exact[index]).abs().max() <= exact.abs().max() * 2**-22
+    for i, at in enumerate(index.tolist()):
+        assert same_bits(rows(table, torch.tensor([at])), got[i : i + 1])
+    assert rows(table, torch.tensor([], dtype=torch.int64)).shape == (0, 96)
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.float16, BF16])
+def test_dense_table_rows_are_what_is_stored(dtype):
+    codes = random(1, 10, 48, dtype=dtype)
+    table = RowTable(codes, None, None, 0)
+    assert same_bits(rows(table, torch.tensor([3, 9])), codes[[3, 9]].float())
+    assert table.nbytes == codes.nbytes
+
+
+def test_table_bytes_are_counted():
+    table, _ = quantised_table(100, 96, 32)
+    assert table.nbytes == 100 * 96 + 2 * 100 * 3 * 4
+
+
+def head_of(v: int, k: int, start: int, stop: int, *, own: bool = False) -> HeadShare:
+    """Rows start .. stop - 1 of a head; `own`: from a table of these rows alone, as a rank holds them."""
+    table, _ = quantised_table(v, k, 32)
+    share = rows(table, torch.arange(start, stop))
+    if own:
+        assert table.scales is not None and table.offsets is not None
+        table = RowTable(
+            table.codes[start:stop], table.scales[start:stop], table.offsets[start:stop], table.group
+        )
+    return HeadShare(pack_bf16(share), table, 0 if own else start)
+
+
+@pytest.mark.parametrize(
+    ("v", "start", "stop"), [(1000, 0, 1000), (1000, 333, 666), (64, 40, 57), (64, 9, 10)]
+)
+def test_the_best_logits_are_exact(v, start, stop):
+    """As exact as fp32 sums are, for the rows that a bf16 pass ranks first; the others to bf16."""
+    _, exact = quantised_table(v, 128, 32)
+    x = random(5, 20, 128)
+    want = x.double() @ exact[start:stop].t()
+    size = x.double().abs() @ exact[start:stop].abs().t()
+    got = head_logits(x, head_of(v, 128, start, stop))
+    assert got.dtype == FP32 and got.shape == (20, stop - start)
+    error = (got.double() - want).abs()
+    assert (error <= size * 2**-7).all()
+    best = want.topk(min(RESCORED // 2, stop - start), dim=1).indices
+    assert (error.gather(1, best) <= size.gather(1, best) * 2**-20).all()
+    assert torch.equal(got.argmax(1), want.argmax(1))
+
+
+def test_near_ties_in_bf16_are_told_apart():
+    """Rows that one bf16 number stands for: what a bf16 head gets wrong."""
+    base = random(1, 1, 64)
+    codes = base * (1 + torch.arange(40)[:, None] * 1e-5)
+    share = HeadShare(pack_bf16(codes), RowTable(codes, None, None, 0), 0)
+    got = head_logits(base, share)[0]
+    want = (base.double() @ codes.double().t())[0]
+    exact = (got - want).abs() < want.abs() * 2**-20
+    assert exact.sum() >= RESCORED and torch.unique(got[exact]).numel() >= RESCORED
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+def test_head_rows_do_not_know_their_batch_nor_the_share_its_rank(kind):
+    x = random(5, 40, 128)
+    if kind == "fp32":
+        share = own = HeadShare(pack_fp32(random(6, 333, 128)), None, 0)
+    else:
+        share, own = (head_of(1000, 128, 333, 666, own=own) for own in (False, True))
+    with torch_threads(1):
+        alone = torch.cat([head_logits(x[i : i + 1], share) for i in range(40)])
+    for threads in (1, 2, 4):
+        with torch_threads(threads):
+            for m in (1, 2, 7, 16, 17, 40):
+                assert same_bits(head_logits(x[40 - m :], share), alone[40 - m :])
+                assert same_bits(head_logits(x[40 - m :], own), alone[40 - m :])
