@@ -109,10 +109,23 @@ def chunk_calls(
     return calls
 
 
+def tile_buffers(calls: Sequence[AttentionCall], q_shape: Sequence[int], dtype: torch.dtype) -> list:
+    """A zeroed tile buffer a call, for q of shape [M, KV heads, group, D]; good for all layers of a step."""
+    _, kv_heads, group, dim = q_shape
+    lanes = kv_heads * _head_split(group)
+    return [torch.zeros(call.mask.shape[0], lanes, TILE, dim, dtype=dtype) for call in calls]
+
+
 def paged_attention(
-    q: torch.Tensor, cache: torch.Tensor, calls: Sequence[AttentionCall], scale: float, out: torch.Tensor
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    calls: Sequence[AttentionCall],
+    buffers: Sequence[torch.Tensor],
+    scale: float,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    """q [M, KV heads, group, D]; cache [blocks, block_size, 2, KV heads, D], keys then values.
+    """q [M, KV heads, group, D]; cache [blocks, block_size, 2, KV heads, D], keys then values; `buffers`
+    from `tile_buffers`.
 
     Writes out [parts, M, heads / parts * D], the heads cut into equal parts (units), and returns it.
     Types of q, cache and out are equal, bf16 or fp32. Rows that no call names are left as they are.
@@ -122,31 +135,32 @@ def paged_attention(
         raise ValueError(f"attention: q {q.dtype} {tuple(q.shape)} does not fit cache {tuple(cache.shape)}")
     split = _head_split(group)
     parts = out.shape[0]
-    for call in calls:
+    lanes, packed = kv_heads * split, group // split
+    for call, tile in zip(calls, buffers, strict=True):
         tiles, length = call.mask.shape[0], call.mask.shape[3]
         if isinstance(call.blocks, slice):
             kv = cache[call.blocks].view(1, length, 2, kv_heads, dim)
         else:
             kv = cache.index_select(0, call.blocks.view(-1)).view(-1, length, 2, kv_heads, dim)
-        k, v = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         if split > 1:
             k, v = (t.repeat_interleave(split, dim=1) for t in (k, v))
         if k.shape[0] != tiles:
             k, v = k.expand(tiles, -1, -1, -1), v.expand(tiles, -1, -1, -1)
-        lanes, packed = kv_heads * split, group // split
         used = call.tokens * packed
-        tile = q.new_zeros(tiles, lanes, TILE, dim)
         wanted = q if call.query is None else q.index_select(0, call.query)
         tile[:, :, :used].view(tiles, lanes, call.tokens, packed, dim).copy_(
             wanted.view(tiles, call.tokens, lanes, packed, dim).transpose(1, 2)
         )
         y = torch.nn.functional.scaled_dot_product_attention(tile, k, v, attn_mask=call.mask, scale=scale)
-        y = y[:, :, :used].reshape(tiles, parts, lanes // parts, call.tokens, packed, dim)
-        y = y.permute(1, 0, 3, 2, 4, 5).reshape(parts, tiles * call.tokens, -1)
+        # [parts, tiles, tokens, lanes of a part, packed, D], as the rows of `out` want it
+        y = y[:, :, :used].unflatten(2, (call.tokens, packed)).unflatten(1, (parts, -1))
+        y = y.permute(1, 0, 3, 2, 4, 5)
         if call.query is None:
-            out.copy_(y)
+            out.view(y.shape).copy_(y)
         else:
-            out.index_copy_(1, call.query[: call.keep], y[:, : call.keep])
+            rows = y.reshape(parts, tiles * call.tokens, -1)
+            out.index_copy_(1, call.query[: call.keep], rows[:, : call.keep])
     return out
 
 

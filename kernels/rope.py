@@ -11,6 +11,5 @@ import torch
 
 def rope_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x in place. x [M, heads, D]; cos and sin fp32 [M, 1, D], sin with its first half negated."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    swapped = x.roll(x.shape[-1] // 2, -1)
     return torch.add(x * cos, swapped * sin, out=x)

@@ -13,15 +13,16 @@ import numpy as np
 import torch
 
 from kernels.activation import silu_mul
-from kernels.attention import AttentionCall, paged_attention
+from kernels.attention import AttentionCall, paged_attention, tile_buffers
 from kernels.embedding import rows
 from kernels.head import head_logits
 from kernels.linear import TILE, Int4Weight, linear
 from kernels.norm import rms_norm
 from kernels.rope import rope_
 from runtime.model.communicator import Communicator
+from runtime.model.packing import Columns
 from runtime.model.reduce import UnitSum
-from runtime.model.shard import Columns, Shard
+from runtime.model.shard import Shard
 from runtime.model.spec import ModelSpec
 from runtime.model.units import rank_units
 
@@ -92,22 +93,28 @@ class Forward:
         x.copy_(self._embed(batch.tokens))
         cos = self.cos.index_select(0, batch.positions)
         sin = self.sin.index_select(0, batch.positions)
-        first = shard.run[0]
+        first, units = shard.run[0], shard.run[1] - shard.run[0]
+        q_shape = (m, self.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
+        buffers = tile_buffers(batch.calls, q_shape, shard.dtype)
+        attended = torch.empty(units, m, self.heads * spec.head_dim // units, dtype=shard.dtype)
         for index, layer in enumerate(shard.layers):
             h = rms_norm(x, layer.attention_norm, spec.norm_eps, shard.dtype)
-            attended = self._attend(h, index, cos, sin, batch)
+            qkv = columns(h, layer.qkv)
+            self._rotate_and_store(qkv, index, cos, sin, batch)
+            q = qkv[:, : self.heads * spec.head_dim].view(q_shape)
+            paged_attention(q, self.cache[index], batch.calls, buffers, self.scale, attended)
             partials = {first + u: linear(attended[u], w) for u, w in enumerate(layer.attention_output)}
             x += self.sum_attention(partials, m, spec.hidden)
             h = rms_norm(residual, layer.ffn_norm, spec.norm_eps, shard.dtype)
             partials = {}
-            for u, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
-                if gate_up is not None and down is not None:
-                    dense = not isinstance(gate_up.parts[0], Int4Weight)
-                    y = columns(h if dense else h[:m], gate_up)
-                    width = gate_up.width // 2
-                    inner = torch.empty(m, width, dtype=shard.dtype)
-                    silu_mul(y[:m, :width], y[:m, width:], out=inner)
-                    partials[first + u] = linear(inner, down)
+            for call in layer.gate_up:
+                dense = not isinstance(call.columns.parts[0], Int4Weight)
+                y = columns(h if dense else h[:m], call.columns)[:m]
+                pair = y.view(m, -1, 2, call.width).transpose(0, 1)
+                inner = torch.empty(pair.shape[0], m, call.width, dtype=shard.dtype)
+                silu_mul(pair[:, :, 0], pair[:, :, 1], out=inner)
+                for n, u in enumerate(range(*call.units)):
+                    partials[first + u] = linear(inner[n], layer.down[u])
             x += self.sum_ffn(partials, m, spec.hidden)
         return rms_norm(x.index_select(0, batch.sampled), shard.output_norm, spec.norm_eps, torch.float32)
 
@@ -124,21 +131,14 @@ class Forward:
         parts = [g.view(torch.float32).view(rows_, -1) for g in gathered]
         return torch.cat(parts, dim=1)
 
-    def _attend(
-        self, h: torch.Tensor, index: int, cos: torch.Tensor, sin: torch.Tensor, batch: Batch
-    ) -> torch.Tensor:
-        """Attention of one layer -> [units held, M, heads of a unit * D]."""
-        spec, m, d = self.shard.spec, h.shape[0], self.shard.spec.head_dim
-        qkv = columns(h, self.shard.layers[index].qkv)
-        turned = (self.heads + self.kv_heads) * d
-        rope_(qkv[:, :turned].view(m, -1, d), cos, sin)
-        cache = self.cache[index]
-        flat = cache.view(-1, 2 * self.kv_heads * d)
-        flat.index_copy_(0, batch.cache_rows, qkv[:, self.heads * d :])
-        q = qkv[:, : self.heads * d].view(m, self.kv_heads, spec.heads // spec.kv_heads, d)
-        units = self.shard.run[1] - self.shard.run[0]
-        out = torch.empty(units, m, self.heads * d // units, dtype=self.shard.dtype)
-        return paged_attention(q, cache, batch.calls, self.scale, out)
+    def _rotate_and_store(
+        self, qkv: torch.Tensor, index: int, cos: torch.Tensor, sin: torch.Tensor, batch: Batch
+    ) -> None:
+        """Turn q and k, which stand first in `qkv`, by their positions, and write k and v to the cache."""
+        d = self.shard.spec.head_dim
+        rope_(qkv[:, : (self.heads + self.kv_heads) * d].view(qkv.shape[0], -1, d), cos, sin)
+        rows_of_layer = self.cache[index].view(-1, 2 * self.kv_heads * d)
+        rows_of_layer.index_copy_(0, batch.cache_rows, qkv[:, self.heads * d :])
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """fp32 [M, H]. A rank looks up the tokens of its share of the vocabulary; ranks swap the rows."""

@@ -16,8 +16,12 @@ from runtime.model.units import Unit
 from runtime.weights.checkpoint import Checkpoint, check_tensor, open_checkpoint
 from runtime.weights.formats import TensorType
 
-# Gate and up projections kept dense must not crowd out everything else: beyond this they stay int4.
-DENSE_FFN_LIMIT = 2 << 30
+# Weights by what they do. On a CPU with AMX a dense bf16 product of sixteen rows costs what one row costs, an
+# int4 product of one row a third of that and of sixteen rows twice: which roles are dense trades one stream
+# against many (docs/performance.md). Dense weights must not crowd out the rest, hence the limit in bytes.
+ROLES = ("qkv", "attention_output", "gate_up", "down")
+DENSE_ROLES = frozenset({"gate_up"})
+DENSE_LIMIT = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class OpenModel:
     spec: ModelSpec
     units: tuple[Unit, ...]
     dtype: str  # of activations and KV: "bf16" or "fp32"
-    dense_ffn: bool
+    dense: frozenset[str]  # roles kept in bf16 even where int4 would do
     quantize: str | None
 
     @property
@@ -81,5 +85,6 @@ def open_model(config: ModelConfig) -> OpenModel:
         raise InvalidArgument("dtype", f"{config.dtype!r} is none of auto, bf16, fp32")
     down = [checkpoint.tensors[f"blk.{i}.ffn_down.weight"].type for i in range(spec.layers)]
     block = 32 if config.quantize else max(t.block for t in down)
-    dense = dtype == "bf16" and spec.layers * 2 * spec.ffn * spec.hidden * 2 <= DENSE_FFN_LIMIT
+    gate_up_bytes = spec.layers * 2 * spec.ffn * spec.hidden * 2
+    dense = DENSE_ROLES if dtype == "bf16" and gate_up_bytes <= DENSE_LIMIT else frozenset()
     return OpenModel(checkpoint, spec, spec.units(block), dtype, dense, config.quantize)

@@ -30,9 +30,7 @@ def load_shard(
     run = rank_units(len(model.units), tp)[rank]
     slices = shard_slices(model.spec, model.units, run)
     loader = load(model.checkpoint, slices, threads=threads, quantize=model.quantize, progress=progress)
-    shard = build_shard(
-        model.spec, model.units, run, loader, dtype=DTYPES[model.dtype], dense_ffn=model.dense_ffn
-    )
+    shard = build_shard(model.spec, model.units, run, loader, dtype=DTYPES[model.dtype], dense=model.dense)
     assert loader.report is not None
     return shard, loader.report
 
@@ -61,7 +59,7 @@ def engine_info(
 def numerics(opened: OpenModel) -> str:
     return numerics_name(
         dtype=DTYPES[opened.dtype],
-        dense_ffn=opened.dense_ffn,
+        dense=opened.dense,
         units=len(opened.units),
         quantize=opened.quantize,
     )

@@ -12,21 +12,21 @@ import torch
 
 from kernels.embedding import RowTable, rows
 from kernels.head import HeadShare
-from kernels.linear import Weight, int4_takes, pack_bf16, pack_fp32, pack_int4
-from runtime.model.layout import RunShare, times
+from kernels.linear import Weight, pack_bf16, pack_fp32
+from runtime.model.layout import RunShare
+from runtime.model.packing import Columns, Loaded, Packer, row_count, select
 from runtime.model.spec import ModelSpec
 from runtime.model.units import Span, Unit
 from runtime.weights.plan import Slice
 from runtime.weights.planar import Planar
 
-Loaded = torch.Tensor | Planar
-
 
 @dataclass(frozen=True, slots=True)
-class Columns:
-    """Column-parallel weights side by side: outputs of the parts concatenate to `width` columns."""
+class GateUp:
+    """Gate and up projections of some neighbouring units: columns [gate | up] a unit, each `width` wide."""
 
-    parts: tuple[Weight, ...]
+    columns: Columns
+    units: Span  # counted from the rank's first
     width: int
 
 
@@ -38,7 +38,7 @@ class Layer:
     qkv: Columns  # [q of all units | k | v]
     attention_output: tuple[Weight, ...]
     ffn_norm: torch.Tensor
-    gate_up: tuple[Columns | None, ...]  # a unit's [gate | up]
+    gate_up: tuple[GateUp, ...]
     down: tuple[Weight | None, ...]
 
 
@@ -64,7 +64,7 @@ class Shard:
             if head.table is not None:
                 seen[id(head.table)] = head.table.nbytes
         for layer in self.layers:
-            columns = [layer.qkv, *(c for c in layer.gate_up if c)]
+            columns = [layer.qkv, *(call.columns for call in layer.gate_up)]
             weights = [w for c in columns for w in c.parts] + list(layer.attention_output)
             for weight in weights + [w for w in layer.down if w]:
                 seen[id(weight)] = weight.nbytes
@@ -78,16 +78,16 @@ def build_shard(
     loaded: Iterator[tuple[Slice, Loaded]],
     *,
     dtype: torch.dtype,
-    dense_ffn: bool,
+    dense: frozenset[str],
 ) -> Shard:
     """Build a rank's weights from its slices, taken in the order of `shard_slices`.
 
-    `dense_ffn` keeps the gate and up projections in bf16 even where int4 would do: on a CPU with AMX
-    sixteen rows then cost what one does. Each file tensor is dropped as soon as it is packed.
+    `dense` names the roles (see `header.ROLES`) that stay bf16 even where int4 would do. Each file tensor is
+    dropped as soon as it is packed.
     """
     mine = units[run[0] : run[1]]
     share = RunShare.of(mine)
-    pack = _Packer(dtype)
+    pack = Packer(dtype, dense)
 
     def take(name: str) -> Loaded:
         where, value = next(loaded)
@@ -111,101 +111,49 @@ def build_shard(
         name = f"blk.{i}.{{}}.weight".format
         attention_norm = vector(name("attn_norm"))
         order = None if spec.half_split_rope else _half_split_order(spec.head_dim)
-        qkv = pack.columns(
-            [
-                (_reorder(take(name("attn_q")), order), [times(u.heads, spec.head_dim) for u in mine]),
-                (_reorder(take(name("attn_k")), order), [times(u.kv_heads, spec.head_dim) for u in mine]),
-                (take(name("attn_v")), [times(u.kv_heads, spec.head_dim) for u in mine]),
-            ],
-            dense=False,
-            fuse=False,
-        )
-        output = tuple(pack.weight(take(name("attn_output")), dense=False) for _ in mine)
+        q = _reorder(take(name("attn_q")), order)
+        k = _reorder(take(name("attn_k")), order)
+        q_spans = [_within(u.heads, share.heads, spec.head_dim) for u in mine]
+        kv_spans = [_within(u.kv_heads, share.kv_heads, spec.head_dim) for u in mine]
+        qkv = pack.columns([(q, q_spans), (k, kv_spans), (take(name("attn_v")), kv_spans)], "qkv")
+        output = tuple(pack.weight(take(name("attn_output")), "attention_output") for _ in mine)
         ffn_norm = vector(name("ffn_norm"))
-        gate_up: list[Columns | None] = [None] * len(mine)
+        gate_up: tuple[GateUp, ...] = ()
         down: list[Weight | None] = [None] * len(mine)
         if share.ffn[0] < share.ffn[1]:
-            gate, up = take(name("ffn_gate")), take(name("ffn_up"))
-            for n, u in enumerate(mine):
-                if u.ffn[0] == u.ffn[1]:
-                    continue
-                rows = slice(u.ffn[0] - share.ffn[0], u.ffn[1] - share.ffn[0])
-                span = (0, u.ffn[1] - u.ffn[0])
-                pair = [(_select(gate, rows), [span]), (_select(up, rows), [span])]
-                gate_up[n] = pack.columns(pair, dense=dense_ffn, fuse=True)
-                down[n] = pack.weight(take(name("ffn_down")), dense=False)
-        layers.append(Layer(attention_norm, qkv, output, ffn_norm, tuple(gate_up), tuple(down)))
+            spans = [_within(u.ffn, share.ffn, 1) for u in mine]
+            gate_up = _gate_up(take(name("ffn_gate")), take(name("ffn_up")), spans, pack)
+            for n, (start, stop) in enumerate(spans):
+                if start < stop:
+                    down[n] = pack.weight(take(name("ffn_down")), "down")
+        layers.append(Layer(attention_norm, qkv, output, ffn_norm, gate_up, tuple(down)))
     if next(loaded, None) is not None:
         raise ValueError("more slices arrived than were planned")
     return Shard(spec, units, run, dtype, embedding, share.vocab, tuple(layers), output_norm, heads, factors)
 
 
-class _Packer:
-    """Chooses the operator of each weight. The choice looks at the type in the file and at shapes of units,
-    never at a rank's share."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-
-    def weight(self, value: Loaded, *, dense: bool) -> Weight:
-        if self.dtype == torch.float32:
-            return pack_fp32(_dense(value, torch.float32))
-        if not dense and _int4(value, value_rows(value)):
-            return pack_int4(*_int4_parts(value))
-        return pack_bf16(_dense(value, torch.bfloat16))
-
-    def columns(self, parts: list[tuple[Loaded, list[Span]]], *, dense: bool, fuse: bool) -> Columns:
-        """Tensors that share an input, each with the output ranges of its units.
-
-        int4 columns do not depend on each other, so all of them go into one call where one group size
-        allows it. Dense ones go a call a unit, or one call for all tensors of a unit with `fuse`, for which
-        `parts` must be those of a single unit: a call's shape never follows from a rank's share."""
-        width = sum(value_rows(value) for value, _ in parts)
-        if self.dtype == torch.bfloat16 and not dense:
-            packed = self._int4_columns(parts)
-            if packed is not None:
-                return Columns(packed, width)
-        if fuse:
-            whole = torch.cat([_dense(value, self.dtype) for value, _ in parts])
-            return Columns((pack_fp32(whole) if self.dtype == torch.float32 else pack_bf16(whole),), width)
-        weights = []
-        for value, units in parts:
-            base = units[0][0]
-            for start, stop in units:
-                weights.append(self.weight(_select(value, slice(start - base, stop - base)), dense=dense))
-        return Columns(tuple(weights), width)
-
-    def _int4_columns(self, parts: list[tuple[Loaded, list[Span]]]) -> tuple[Weight, ...] | None:
-        for value, units in parts:
-            if not all(_int4(value, stop - start) for start, stop in units):
-                return None
-        if len({value.group for value, _ in parts}) != 1:
-            return None
-        pieces = [_int4_parts(value) for value, _ in parts]
-        joined = [torch.cat([piece[n] for piece in pieces]) for n in range(3)]
-        return (pack_int4(*joined, pieces[0][3]),)
+def _gate_up(gate: Loaded, up: Loaded, spans: list[Span], pack: Packer) -> tuple[GateUp, ...]:
+    """All units in one call where they are alike and the operator allows it, else a call a unit."""
+    owning = [n for n, (start, stop) in enumerate(spans) if start < stop]
+    widths = {stop - start for start, stop in spans}
+    if len(widths) == 1:
+        pairs = [(value, [span]) for span in spans for value in (gate, up)]
+        columns = pack.columns(pairs, "gate_up")
+        if len(columns.parts) == 1:
+            return (GateUp(columns, (0, len(spans)), widths.pop()),)
+    return tuple(
+        GateUp(
+            pack.columns([(gate, [spans[n]]), (up, [spans[n]])], "gate_up"),
+            (n, n + 1),
+            spans[n][1] - spans[n][0],
+        )
+        for n in owning
+    )
 
 
-def value_rows(value: Loaded) -> int:
-    return value.rows if isinstance(value, Planar) else value.shape[0]
-
-
-def _int4(value: Loaded, rows: int) -> bool:
-    """Whether the int4 operator serves `rows` rows (a unit's) of this tensor."""
-    return isinstance(value, Planar) and sum(value.bits) == 4 and int4_takes(rows, value.cols, value.group)
-
-
-def _int4_parts(value: Planar) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    scales = value.scales()
-    return value.codes(), scales, value.offsets() - value.zero_point * scales, value.group
-
-
-def _dense(value: Loaded, dtype: torch.dtype) -> torch.Tensor:
-    return value.dequantize(dtype) if isinstance(value, Planar) else value.to(dtype)
-
-
-def _select(value: Loaded, rows: slice) -> Loaded:
-    return value.select_rows(rows) if isinstance(value, Planar) else value[rows]
+def _within(part: Span, whole: Span, factor: int) -> Span:
+    """`part` counted from the start of `whole`, in units of 1 / factor."""
+    return (part[0] - whole[0]) * factor, (part[1] - whole[0]) * factor
 
 
 def _half_split_order(head_dim: int) -> Callable[[int], torch.Tensor]:
@@ -222,8 +170,7 @@ def _half_split_order(head_dim: int) -> Callable[[int], torch.Tensor]:
 def _reorder(value: Loaded, order: Callable[[int], torch.Tensor] | None) -> Loaded:
     if order is None:
         return value
-    index = order(value_rows(value))
-    return value.select_rows(index) if isinstance(value, Planar) else value.index_select(0, index)
+    return select(value, order(row_count(value)))
 
 
 def _row_table(value: Loaded) -> RowTable:
