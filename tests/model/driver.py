@@ -1,0 +1,84 @@
+"""Runs the model without an engine: logits after every token of a sequence, from any number of ranks."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from kernels.attention import chunk_calls
+from runtime.config import ModelConfig
+from runtime.model.communicator import Alone, Communicator, Threads
+from runtime.model.forward import Batch, Forward
+from runtime.model.load import OpenModel, load_shard, open_model
+
+BLOCK = 64
+
+
+def opened(path: str | os.PathLike, **settings) -> OpenModel:
+    return open_model(ModelConfig(str(path), **settings))
+
+
+def forward_of(model: OpenModel, positions: int, comm: Communicator | None = None) -> Forward:
+    comm = comm or Alone()
+    shard, _ = load_shard(model, comm.rank, comm.size)
+    units = shard.units[shard.run[0] : shard.run[1]]
+    heads = units[-1].kv_heads[1] - units[0].kv_heads[0]
+    blocks = -(-positions // BLOCK)
+    shape = (model.spec.layers, blocks, BLOCK, 2, heads, model.spec.head_dim)
+    return Forward(shard, torch.zeros(shape, dtype=model.dtype), comm, blocks * BLOCK)
+
+
+@torch.inference_mode()
+def run(forward: Forward, tokens: Sequence[int], chunks: Sequence[int] | None = None) -> torch.Tensor | None:
+    """Logits [n, V] at rank 0, the tokens run in chunks of the given lengths (all at once without)."""
+    spec, at, parts = forward.shard.spec, 0, []
+    blocks = torch.arange(forward.cache.shape[1])
+    for length in chunks or [len(tokens)]:
+        positions = torch.arange(at, at + length)
+        calls = chunk_calls(
+            0,
+            at,
+            length,
+            blocks[: -(-(at + length) // BLOCK)],
+            group=spec.heads // spec.kv_heads,
+            block_size=BLOCK,
+            window=spec.sliding_window,
+            dtype=forward.shard.dtype,
+        )
+        batch = Batch(
+            torch.tensor(tokens[at : at + length]), positions, positions, calls, torch.arange(length)
+        )
+        parts.append(forward.logits(forward.hidden(batch)))
+        at += length
+    return torch.cat(parts) if forward.comm.rank == 0 else None
+
+
+def logits(
+    model: OpenModel, tokens: Sequence[int], *, tp: int = 1, chunks: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Logits [n, V] of a sequence, by `tp` ranks that are threads of this process."""
+    if tp == 1:
+        return run(forward_of(model, len(tokens)), tokens, chunks)
+    found: list[torch.Tensor | None] = [None] * tp
+    failed: list[BaseException] = []
+    comms = Threads.group(tp)
+
+    def work(rank: int) -> None:
+        try:
+            found[rank] = run(forward_of(model, len(tokens), comms[rank]), tokens, chunks)
+        except BaseException as error:  # told to the caller below
+            failed.append(error)
+            comms[rank].close()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(tp)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    if failed:
+        raise failed[0]
+    assert found[0] is not None
+    return found[0]
