@@ -7,7 +7,6 @@ Every failure is one line on standard error and an exit status: 1, or 2 where th
 
 import functools
 import inspect
-import os
 import signal
 import sys
 import traceback
@@ -17,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from runtime.commands.failures import Failed, Terminated, fail, line_of, terminate
+from runtime.commands.failures import Failed, Terminated, fail, line_and_status, terminate
 from runtime.commands.options import (
     AsJson,
     ChatTemplate,
@@ -31,7 +30,6 @@ from runtime.commands.options import (
     MaxModelLen,
     MaxNumSeqs,
     MaxStepTokens,
-    MaxTokens,
     MinP,
     Model,
     Presence,
@@ -73,12 +71,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(*, debug: bool, **arguments: object) -> None:
         try:
             function(**arguments)
-        except BrokenPipeError:  # whoever read the output has gone
+        except BrokenPipeError:  # whoever read the output has gone: typer ends quietly
             raise
-        except Exception as error:
+        except (KeyboardInterrupt, Terminated, Exception) as error:
             if debug:
                 traceback.print_exc()
-            raise Failed(line_of(error)) from error
+            raise Failed(*line_and_status(error)) from error
 
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])
     return app.command(function.__name__.rstrip("_"))(run)
@@ -160,7 +158,9 @@ def generate(
     *,
     prompt: Annotated[str, typer.Option(metavar="TEXT", show_default=False, help="What to continue.")],
     chat: Annotated[bool, typer.Option("--chat", help="Answer PROMPT as a chat message instead.")] = False,
-    max_tokens: MaxTokens = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of the reply. Default: 256, or what the context leaves.")
+    ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -218,7 +218,9 @@ def chat(
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="A system message to begin with.")
     ] = None,
-    max_tokens: MaxTokens = 512,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a reply. Default: what the context leaves.")
+    ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -322,14 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parser.main(args=arguments, prog_name="tramontane", standalone_mode=False) or 0
     except Failed as failure:
-        return fail(str(failure), 1)
-    except (KeyboardInterrupt, typer.Abort):
-        return fail("interrupted", 130)
-    except Terminated:
-        return fail("terminated", 143)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
-        return 1
+        return fail(failure.line, failure.status)
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's usage errors have no common public base
             raise

@@ -40,7 +40,7 @@ def demo(source: str, question: str, *, tp: int) -> None:
         write_line(f"Asking through gRPC: {question} ({SYSTEM})")
         answer = _ask(ready["address"], question)
     write_line("Stopped cleanly.")
-    write_line(f"{len(ready['ranks'])} rank actors: {answer}")
+    write_line(f"{len(ready['ranks'])} rank actors: {' '.join(answer.split())}")
 
 
 def _ask(target: str, question: str) -> str:

@@ -6,7 +6,12 @@ from runtime.errors import TramontaneError
 
 
 class Failed(Exception):
-    """A command failed; its text is the line to show."""
+    """A command failed, and this is how it says so."""
+
+    def __init__(self, line: str, status: int):
+        super().__init__(line)
+        self.line = line
+        self.status = status
 
 
 class Terminated(BaseException):
@@ -18,8 +23,17 @@ def terminate(*_: object) -> None:
     raise Terminated
 
 
-def line_of(error: Exception) -> str:
-    """An error as one line. What is not a TramontaneError is the machine's refusal, or a defect."""
+def line_and_status(error: BaseException) -> tuple[str, int]:
+    """What a command ended with, as one line and an exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, Terminated):
+        return "terminated", 143
+    return _line(error), 1
+
+
+def _line(error: BaseException) -> str:
+    """What is not a TramontaneError is the machine's refusal, or a defect."""
     text = " ".join(str(error).split())
     if isinstance(error, TramontaneError):
         return text

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.commands.engines import Engine, Front, open_front, preview, start_engine
 from runtime.commands.output import note, write_json, write_line, write_text
 from runtime.config import ServeConfig
 from runtime.errors import Unavailable
-from runtime.server.pipeline import Completion, Final, Piece
+from runtime.server.pipeline import Completion, Final, Piece, Pipeline
 from runtime.types import FinishReason, SamplingParams
+
+MAX_TOKENS = 256  # where none are asked for: a model without a chat template may never end by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +30,23 @@ def generate(config: ServeConfig, ask: Ask, *, local: bool, ray_address: str | N
     """Print the reply: its text as it grows, or all that is known of it as JSON. Raises TramontaneError."""
     front = open_front(config.model, chat=ask.chat)
     likely = front.pipeline(None, preview(front, config))
-    asyncio.run(likely.prepare(_completion(ask)))  # a bad parameter is found before weights are read
+    asyncio.run(likely.prepare(_completion(ask, likely)))  # a bad parameter is found before weights are read
     with start_engine(config, local=local, ray_address=ray_address) as engine:
         asyncio.run(_generate(front, engine, ask, as_json))
 
 
-def _completion(ask: Ask) -> Completion:
+def _completion(ask: Ask, pipeline: Pipeline) -> Completion:
     if ask.chat:
-        messages = [{"role": "user", "content": ask.prompt}]
-        return Completion("generate", messages=messages, params=ask.params)
-    return Completion("generate", text=ask.prompt, params=ask.params)
+        completion = Completion(
+            "generate", messages=[{"role": "user", "content": ask.prompt}], params=ask.params
+        )
+    else:
+        completion = Completion("generate", text=ask.prompt, params=ask.params)
+    if ask.params.max_tokens is not None:
+        return completion
+    room = pipeline.info.context_length - len(pipeline.encode(completion))
+    # Where there is no room at all, the pipeline says so.
+    return replace(completion, params=replace(ask.params, max_tokens=max(1, min(MAX_TOKENS, room))))
 
 
 async def _generate(front: Front, engine: Engine, ask: Ask, as_json: bool) -> None:
@@ -45,7 +54,7 @@ async def _generate(front: Front, engine: Engine, ask: Ask, as_json: bool) -> No
     started, first = time.perf_counter(), None
     async with engine.connect() as client:
         pipeline = front.pipeline(client, engine.info)
-        async with aclosing(pipeline.run(_completion(ask))) as reply:
+        async with aclosing(pipeline.run(_completion(ask, pipeline))) as reply:
             async for piece in reply:
                 first = first or time.perf_counter()
                 pieces.append(piece)

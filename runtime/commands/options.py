@@ -48,7 +48,6 @@ ChatTemplate = Annotated[
     Path | None, typer.Option(metavar="FILE", help="A Jinja chat template in place of the model's own.")
 ]
 Target = Annotated[str, typer.Option(metavar="HOST:PORT", help="A running server.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens of a reply.")]
 Temperature = Annotated[
     float, typer.Option(help="0 always takes the most likely token; 1 samples as the model was trained.")
 ]

@@ -1,0 +1,116 @@
+"""`generate --local`: the reply, all that is said of it, and that ranks cannot change it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cli.command import refused, run
+from tests.support import fixture_path
+from tests.weights.tiny import write_tiny_llama
+
+
+def generate(model, *options: str) -> dict:
+    return run("generate", str(model), "--local", "--json", *options).json
+
+
+def test_json_says_all_of_a_reply(tiny):
+    reply = generate(tiny, "--prompt", "The", "--max-tokens", "5", "--ignore-eos", "--seed", "9")
+    always = {"text", "token_ids", "finish_reason", "seed", "usage"}
+    assert set(reply) == always | {"stop_string", "stop_token_id", "model", "numerics"}
+    assert len(reply["token_ids"]) == 5
+    assert reply["finish_reason"] == "length"
+    assert reply["seed"] == 9
+    assert reply["model"] == "tiny"
+    assert reply["usage"]["completion_tokens"] == 5
+    assert reply["usage"]["prompt_tokens"] >= 2  # a BOS and the word
+    assert "fp32" in reply["numerics"]
+
+
+def test_the_text_is_the_same_without_json(tiny):
+    options = ["--prompt", "Once", "--max-tokens", "12", "--ignore-eos"]
+    plain = run("generate", str(tiny), "--local", *options)
+    assert plain.status == 0
+    assert plain.out == generate(tiny, *options)["text"] + "\n"
+    assert plain.err == ""  # no progress where nobody watches
+
+
+def test_greedy_unless_a_temperature_is_given(tiny):
+    options = ["--prompt", "x", "--max-tokens", "10", "--ignore-eos"]
+    first, second = generate(tiny, *options), generate(tiny, *options)
+    assert first["seed"] != second["seed"]
+    assert first["token_ids"] == second["token_ids"]
+    explicit = generate(tiny, *options, "--temperature", "0", "--seed", "1")
+    assert explicit["token_ids"] == first["token_ids"]
+
+
+def test_a_drawn_seed_gives_the_reply_again(tiny):
+    options = ["--prompt", "x", "--max-tokens", "16", "--ignore-eos", "--temperature", "1"]
+    drawn = generate(tiny, *options)
+    again = generate(tiny, *options, "--seed", str(drawn["seed"]))
+    other = generate(tiny, *options, "--seed", str(drawn["seed"] ^ 1))
+    assert again == drawn
+    assert other["token_ids"] != drawn["token_ids"]
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "1.2", "--top-k", "50", "--top-p", "0.95"]])
+def test_replies_are_bit_equal_for_any_number_of_ranks(tiny, sampling):
+    options = ["--prompt", "In an age", "--max-tokens", "20", "--seed", "7", "--logprobs", "3", *sampling]
+    replies = [generate(tiny, *options, "--tp", str(tp)) for tp in (1, 2, 3)]
+    assert replies[0] == replies[1] == replies[2]
+    assert len(replies[0]["logprobs"]) == len(replies[0]["token_ids"])
+    for entry in replies[0]["logprobs"]:
+        top = [each["logprob"] for each in entry["top"]]
+        assert len(top) == 3 and top == sorted(top, reverse=True)
+        assert entry["logprob"] <= top[0] <= 0
+
+
+def test_a_stop_string_ends_the_reply_before_it(tiny):
+    whole = generate(tiny, "--prompt", "x", "--max-tokens", "30", "--ignore-eos")["text"]
+    stop = whole[len(whole) // 2 :][:2]
+    reply = generate(
+        tiny, "--prompt", "x", "--max-tokens", "30", "--ignore-eos", "--stop", stop, "--stop", "\x00"
+    )
+    assert reply["finish_reason"] == "stop"
+    assert reply["stop_string"] == stop
+    assert reply["text"] == whole[: whole.index(stop)]
+
+
+def test_without_max_tokens_a_reply_takes_what_the_context_leaves(tiny):
+    options = ["--prompt", "x", "--ignore-eos"]
+    reply = generate(tiny, *options, "--max-model-len", "64")
+    assert reply["finish_reason"] == "length"
+    assert reply["usage"]["prompt_tokens"] + reply["usage"]["completion_tokens"] == 64
+
+
+def test_chat_puts_the_prompt_into_the_template(tiny, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}:")
+    options = ["--prompt", "hello", "--max-tokens", "8", "--ignore-eos"]
+    templated = generate(tiny, *options, "--chat", "--chat-template", str(template))
+    spelled = generate(tiny, "--prompt", "[user] hello:", *options[2:])
+    plain = generate(tiny, *options)
+    assert templated["token_ids"] == spelled["token_ids"] != plain["token_ids"]
+
+
+def test_a_template_that_is_not_text(tiny, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_bytes(b"\xff\xfe\x00")
+    options = ["--prompt", "hello", "--chat", "--local", "--chat-template", str(template)]
+    refused(run("generate", str(tiny), *options), "chat-template", str(template))
+
+
+def test_an_empty_prompt_is_the_bos_where_there_is_one(tiny, tmp_path):
+    reply = generate(tiny, "--prompt", "", "--max-tokens", "3", "--ignore-eos")
+    assert reply["usage"]["prompt_tokens"] == 1
+    bare = tmp_path / "bare.gguf"
+    write_tiny_llama(bare, metadata={"tokenizer.ggml.add_bos_token": False})
+    refused(run("generate", str(bare), "--local", "--prompt", ""), "prompt", "no tokens")
+
+
+def test_stories_tell_their_published_text():
+    model = fixture_path("stories260K/stories260K.f32.gguf")
+    expected = fixture_path("stories260K/expected_greedy.txt").read_text()
+    options = ["--prompt", "", "--temperature", "0", "--max-tokens", "256", "--ignore-eos"]
+    told = [generate(model, *options, "--tp", tp)["text"] for tp in ("1", "2")]
+    assert told[0] == told[1]
+    assert told[0].startswith(expected)

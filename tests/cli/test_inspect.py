@@ -1,0 +1,88 @@
+"""`inspect`: what it says of a file is what is in the file, and what ranks really read."""
+
+from __future__ import annotations
+
+import gguf
+import pytest
+
+from runtime.config import ModelConfig
+from runtime.model.header import open_model
+from runtime.model.load import load_shard
+from tests.cli.command import run
+from tests.weights.tiny import write_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "mixed.gguf"
+    types = {"*": "Q4_K", "ffn_down": "Q6_K", "token_embd": "Q8_0", "output": "Q6_K"}
+    return write_tiny_llama(path, hidden=256, heads=8, kv_heads=4, ffn=768, types=types)
+
+
+def test_counts_and_sizes_are_the_files(mixed):
+    value = run("inspect", str(mixed), "--json").json
+    expected: dict[str, list[int]] = {}
+    for tensor in gguf.GGUFReader(mixed).tensors:
+        expected.setdefault(tensor.tensor_type.name, []).append(int(tensor.n_bytes))
+    assert {entry["type"]: (entry["count"], entry["bytes"]) for entry in value["tensors"]} == {
+        name: (len(sizes), sum(sizes)) for name, sizes in expected.items()
+    }
+    assert value["file_bytes"] == mixed.stat().st_size
+    assert value["path"] == str(mixed)
+
+
+def test_the_architecture_is_the_files(mixed):
+    value = run("inspect", str(mixed), "--json").json
+    known = {
+        "kind": "llama",
+        "layers": 2,
+        "hidden": 256,
+        "heads": 8,
+        "kv_heads": 4,
+        "head_dim": 32,
+        "ffn": 768,
+    }
+    assert known.items() <= value["architecture"].items()
+    assert value["units"] == 4
+    assert value["kv_bytes_per_token"] == 2 * 2 * 4 * 32 * 2  # layers, K and V, heads, width, bf16
+    assert value["tokenizer"]["model"] == "llama"
+    assert value["numerics"].endswith("/u4")
+
+
+def test_bytes_a_rank_are_those_it_reads(mixed):
+    value = run("inspect", str(mixed), "--json").json
+    opened = open_model(ModelConfig(str(mixed)))
+    assert [split["tp"] for split in value["tensor_parallel"]] == [1, 2, 3, 4]
+    for split in value["tensor_parallel"]:
+        ranks = split["ranks"]
+        assert len(ranks) == split["tp"]
+        assert [rank["units"][0] for rank in ranks[1:]] == [rank["units"][1] for rank in ranks[:-1]]
+        assert (ranks[0]["units"][0], ranks[-1]["units"][1]) == (0, 4)
+        for number, rank in enumerate(ranks):
+            _, report = load_shard(opened, number, split["tp"])
+            assert rank["weight_bytes"] == report.bytes_read
+
+
+def test_people_get_a_table(mixed):
+    result = run("inspect", str(mixed))
+    assert result.status == 0
+    for fragment in ("llama", "Q4_K", "Q6_K", "--tp 1 to 4", "1 + 1 + 1 + 1", "256 tokens"):
+        assert fragment in result.out
+
+
+def test_a_name_may_look_like_markup(tmp_path):
+    path = tmp_path / "m.gguf"
+    write_tiny_llama(path, metadata={"general.name": "[bold]x[/nonsense]"})
+    result = run("inspect", str(path))
+    assert result.status == 0
+    assert "[bold]x[/nonsense]" in result.out
+
+
+def test_quantising_changes_what_is_computed_not_what_is_read(tmp_path):
+    path = tmp_path / "m.gguf"
+    write_tiny_llama(path)
+    exact = run("inspect", str(path), "--json").json
+    rounded = run("inspect", str(path), "--json", "--dtype", "bf16").json
+    assert exact["numerics"] != rounded["numerics"]
+    assert exact["tensor_parallel"] == rounded["tensor_parallel"]
+    assert exact["kv_bytes_per_token"] == 2 * rounded["kv_bytes_per_token"]
