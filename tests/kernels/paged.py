@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.attention import AttentionCall, chunk_calls, decode_call, padded_blocks, paged_attention
+from kernels.attention import (
+    AttentionCall,
+    block_run,
+    chunk_calls,
+    decode_call,
+    padded_blocks,
+    paged_attention,
+    tile_buffers,
+)
 from tests.bits import random
 
 
@@ -37,9 +45,18 @@ class Run:
 class Paged:
     """Sequences whose q, k and v are random, k and v laid out over scattered blocks.
 
-    Positions that no sequence wrote hold `garbage`: what an earlier owner of the block left behind."""
+    Positions that no sequence wrote hold `garbage`: what an earlier owner of the block left behind.
+    `layout` seeds the order of blocks; None keeps each sequence's blocks side by side."""
 
-    def __init__(self, shape: Shape, lengths: Sequence[int], *, seed: int = 0, layout: int = 0, garbage=0.0):
+    def __init__(
+        self,
+        shape: Shape,
+        lengths: Sequence[int],
+        *,
+        seed: int = 0,
+        layout: int | None = 0,
+        garbage: float = 0.0,
+    ):
         self.shape, self.lengths = shape, lengths
         heads = (shape.kv_heads, shape.dim)
         self.q = [
@@ -51,7 +68,9 @@ class Paged:
         size = shape.block_size
         counts = [-(-n // size) for n in lengths]
         total = sum(counts) + 3
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(layout))
+        order = torch.arange(total)
+        if layout is not None:
+            order = torch.randperm(total, generator=torch.Generator().manual_seed(layout))
         self.tables = [part.clone() for part in order[: sum(counts)].split(counts)]
         self.cache = torch.full((total, size, 2, *heads), garbage, dtype=shape.dtype)
         for i, table in enumerate(self.tables):
@@ -85,24 +104,33 @@ class Paged:
                 calls += chunk_calls(at, run.start, run.length, table, group=shape.group, **spec)
             at += run.length
         if lone:
-            calls.append(self._decode(lone, spec))
+            calls.append(self._decode(lone, at, spec))
         q = torch.cat(rows)
         width = shape.kv_heads // parts * shape.group * shape.dim
         out = torch.full((parts, q.shape[0], width), float("nan"), dtype=shape.dtype)
-        assert paged_attention(q, self.cache, calls, shape.scale, out) is out
+        buffers = tile_buffers(calls, q.shape, shape.dtype)
+        for _ in range(2):  # a step's layers share the buffers
+            assert paged_attention(q, self.cache, calls, buffers, shape.scale, out) is out
         whole = out.view(parts, q.shape[0], -1, shape.group, shape.dim).transpose(0, 1)
         whole = whole.reshape(q.shape[0], shape.kv_heads, shape.group, shape.dim)
         return list(whole.split([run.length for run in runs]))
 
-    def _decode(self, lone: list[tuple[int, Run]], spec: dict) -> AttentionCall:
-        longest = max(run.start for _, run in lone) + 1
-        width = padded_blocks(longest, self.shape.block_size, self.shape.dtype)
-        table = torch.zeros(len(lone), width, dtype=torch.int64)
-        for i, (_, run) in enumerate(lone):
-            count = run.start // self.shape.block_size + 1
-            table[i, :count] = self.tables[run.sequence][:count]
+    def _decode(self, lone: list[tuple[int, Run]], all_rows: int, spec: dict) -> AttentionCall:
+        """As a runner does it: a lone sequence in neighbouring blocks is read in place, and rows that are
+        the whole step are not picked."""
+        size = self.shape.block_size
+        count = padded_blocks(max(run.start for _, run in lone) + 1, size, self.shape.dtype)
         positions = torch.tensor([run.start for _, run in lone])
-        return decode_call([row for row, _ in lone], positions, table, **spec)
+        rows = None if len(lone) == all_rows else [row for row, _ in lone]
+        used = [self.tables[run.sequence][: run.start // size + 1] for _, run in lone]
+        if len(lone) == 1:
+            run = block_run(used[0].tolist(), count)
+            if run is not None and run.stop <= self.cache.shape[0]:
+                return decode_call(rows, positions, run, **spec)
+        table = torch.zeros(len(lone), count, dtype=torch.int64)
+        for i, blocks in enumerate(used):
+            table[i, : len(blocks)] = blocks
+        return decode_call(rows, positions, table, **spec)
 
     def alone(self, sequence: int, position: int) -> torch.Tensor:
         """One position by itself: [KV heads, group, D]."""

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import chunk_calls, padded_blocks, paged_attention, tokens_per_tile
+from kernels.attention import (
+    block_run,
+    chunk_calls,
+    padded_blocks,
+    paged_attention,
+    tile_buffers,
+    tokens_per_tile,
+)
 from tests.bits import same_bits, torch_threads
 from tests.kernels.paged import Paged, Run, Shape
 
@@ -90,6 +97,20 @@ def test_heads_do_not_know_each_other(shape):
             assert same_bits(one[:, start:stop], other)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_blocks_side_by_side_are_read_in_place_with_the_same_bits(shape):
+    """What follows a sequence's own blocks is another's, and masked."""
+    lengths = [70, 1500, 513, 600]
+    scattered, lined_up = Paged(shape, lengths), Paged(shape, lengths, layout=None, garbage=50.0)
+    for sequence, position in [(0, 0), (0, 69), (1, 511), (1, 512), (1, 900), (2, 512)]:
+        assert same_bits(lined_up.alone(sequence, position), scattered.alone(sequence, position))
+
+
+def test_a_run_of_blocks():
+    assert block_run([4], 3) == slice(4, 7) and block_run([4, 5, 6], 3) == slice(4, 7)
+    assert block_run([4, 6], 4) is None and block_run([5, 4], 4) is None
+
+
 @st.composite
 def scenes(draw):
     shape = Shape(
@@ -143,7 +164,7 @@ def test_rows_that_no_call_names_stay():
     calls = chunk_calls(3, 10, 5, paged.tables[0], group=4, block_size=64, window=None, dtype=BF16)
     q = torch.cat([paged.q[0][:3], paged.q[0][10:15], paged.q[0][:2]])
     out = torch.full((1, 10, 2 * 4 * 16), 9.0, dtype=BF16)
-    paged_attention(q, paged.cache, calls, 0.25, out)
+    paged_attention(q, paged.cache, calls, tile_buffers(calls, q.shape, BF16), 0.25, out)
     assert (out[:, :3] == 9).all() and (out[:, 8:] == 9).all()
     assert same_bits(out[0, 3:8].view(5, 2, 4, 16), paged.attend([Run(0, 10, 5)])[0])
 
@@ -180,4 +201,4 @@ def test_padding_covers_every_position(dtype, size):
 def test_a_cache_of_another_model_is_refused(cache):
     q = torch.zeros(1, 2, 4, 16, dtype=BF16)
     with pytest.raises(ValueError, match="does not fit cache"):
-        paged_attention(q, cache, [], 1.0, torch.zeros(1, 1, 128, dtype=BF16))
+        paged_attention(q, cache, [], [], 1.0, torch.zeros(1, 1, 128, dtype=BF16))
