@@ -31,8 +31,8 @@ def kv_blocks(
             )
         context = max_model_len
     block = engine.block_size
-    if block < 1 or (64 % block and block % 64):
-        raise InvalidArgument("block-size", f"{block} neither divides 64 nor is a multiple of it")
+    if block < 1 or (512 % block and block % 512):  # attention pads KV to 64 or 512 positions
+        raise InvalidArgument("block-size", f"{block} neither divides 512 nor is a multiple of it")
     units = len(opened.units)
     largest_run = -(-units // parallel.tp)
     block_bytes = opened.kv_bytes_per_position * largest_run * block // units

@@ -81,8 +81,7 @@ class LocalClient:
         arrived: asyncio.Queue[Output | TramontaneError] = asyncio.Queue()
 
         def deliver(output: Output | TramontaneError) -> None:
-            if not here.is_closed():
-                here.call_soon_threadsafe(arrived.put_nowait, output)
+            here.call_soon_threadsafe(arrived.put_nowait, output)
 
         self._loop.add(request, deliver)
         ended = False
@@ -103,9 +102,12 @@ class LocalClient:
 
     async def load(self) -> Load:
         here = asyncio.get_running_loop()
-        answer: asyncio.Future[Load] = here.create_future()
+        answer: asyncio.Future[Load | TramontaneError] = here.create_future()
         self._loop.load(lambda load: here.call_soon_threadsafe(answer.set_result, load))
-        return await answer
+        load = await answer
+        if isinstance(load, TramontaneError):
+            raise load
+        return load
 
 
 class LocalEngine:
@@ -140,7 +142,7 @@ class LocalEngine:
             )
         self.model = opened
         self.config = config
-        self.loop = EngineLoop(config, LocalRanks(runners))
+        self.loop = EngineLoop(config, LocalRanks(runners), opened.spec.vocab)
         self.loop.start()
         self.client = LocalClient(self.loop, engine_info(opened, model, config, parallel.tp))
 

@@ -7,6 +7,7 @@ Knows neither Ray nor sockets nor text.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from runtime.config import EngineConfig
 from runtime.engine import Engine
-from runtime.errors import TramontaneError, Unavailable
+from runtime.errors import InvalidArgument, TramontaneError, Unavailable
 from runtime.types import Finished, FinishReason, Load, Output, Request, StepPlan, StepResult
 
 Deliver = Callable[[Output | TramontaneError], None]
@@ -39,13 +40,15 @@ class Ranks(Protocol):
 class EngineLoop:
     """An engine at work. Public methods may be called from any thread."""
 
-    def __init__(self, config: EngineConfig, ranks: Ranks):
+    def __init__(self, config: EngineConfig, ranks: Ranks, vocab_size: int):
         self._engine = Engine(config)
         self._ranks = ranks
+        self._vocab_size = vocab_size
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._deliver: dict[str, Deliver] = {}
         self._lost: str | None = None
         self._stopping = False
+        self._open = threading.Lock()  # over _stopping: an event is posted before the stop, or refused
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self.on_lost: Callable[[str], None] = lambda detail: None
 
@@ -59,15 +62,21 @@ class EngineLoop:
     def add(self, request: Request, deliver: Deliver) -> None:
         """Queue a request, its deadline given in seconds from now; `deliver` gets all that follows."""
         received = time.monotonic()
-        self._events.put(lambda: self._add(request, deliver, received))
+        self._post(lambda: self._add(request, deliver, received), deliver)
 
     def abort(
         self, request_id: str, reason: FinishReason = FinishReason.CANCELLED, keep: int | None = None
     ) -> None:
-        self._events.put(lambda: self._send(self._engine.abort(request_id, reason, keep)))
+        """End a request. One that is unknown, or has fewer tokens than `keep`, is left as it is."""
 
-    def load(self, answer: Callable[[Load], None]) -> None:
-        self._events.put(lambda: answer(self._engine.load()))
+        def run() -> None:
+            with contextlib.suppress(InvalidArgument):
+                self._send(self._engine.abort(request_id, reason, keep))
+
+        self._post(run)
+
+    def load(self, answer: Callable[[Load | TramontaneError], None]) -> None:
+        self._post(lambda: answer(self._engine.load()), answer)
 
     def check(self, answer: Callable[[Exception | None], None]) -> None:
         """Run the engine's integrity check and hand over what it found."""
@@ -80,30 +89,49 @@ class EngineLoop:
             else:
                 answer(None)
 
-        self._events.put(run)
+        self._post(run, answer)
 
     def ranks_lost(self, detail: str) -> None:
-        self._events.put(lambda: self._ranks_lost(detail))
+        self._post(lambda: self._ranks_lost(detail))
 
     def close(self) -> None:
-        """End every request, stop the ranks and the thread."""
-        self._events.put(self._stop)
+        """End every request, stop the ranks and the thread. What is asked later is refused."""
+        self._post(self._stop)
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+
+    def _post(self, event: Callable[[], None], refuse: Callable[[Unavailable], None] | None = None) -> None:
+        with self._open:
+            if not self._stopping:
+                self._events.put(event)
+                return
+        if refuse is not None:
+            refuse(Unavailable("the engine was stopped"))
 
     # ---- on the loop's thread ----------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._stopping:
             for event in self._next_events():
-                event()
-            if self._stopping:
-                break
-            now = time.monotonic()
-            self._send(self._engine.tick(now))
-            while self._lost is None and (plan := self._engine.plan(now)) is not None:
-                self._ranks.submit(plan)
+                self._guard(event)
+            if self._lost is None:
+                self._guard(self._step)
         self._ranks.close()
+        while not self._events.empty():  # what slipped in before the door was shut
+            self._guard(self._events.get())
+
+    def _guard(self, part: Callable[[], None]) -> None:
+        """A defect must end streams, not leave them waiting for a thread that is gone."""
+        try:
+            part()
+        except Exception as error:
+            self._ranks_lost(f"the engine failed: {type(error).__name__}: {error}")
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        self._send(self._engine.tick(now))
+        while self._lost is None and (plan := self._engine.plan(now)) is not None:
+            self._ranks.submit(plan)
 
     def _next_events(self) -> list[Callable[[], None]]:
         """All events that have arrived; waits for one, at most a tick while requests are about."""
@@ -122,12 +150,22 @@ class EngineLoop:
         if request.deadline is not None:
             request = replace(request, deadline=received + request.deadline)
         try:
+            self._check(request)
             outputs = self._engine.add(request, time.monotonic())
         except TramontaneError as error:
             deliver(error)
             return
         self._deliver[request.request_id] = deliver
         self._send(outputs)
+
+    def _check(self, request: Request) -> None:
+        """Refuse what would fail on the ranks, where it would take every other request along."""
+        params = request.params
+        ids = (*request.prompt, *request.stop_ids, *(token for token, _ in params.logit_bias))
+        if any(not 0 <= token < self._vocab_size for token in ids):
+            raise InvalidArgument("prompt", f"a token id is outside the vocabulary of {self._vocab_size}")
+        if params.temperature > 0 and params.seed is None:
+            raise InvalidArgument("seed", "sampling at a temperature above 0 needs one")
 
     def _step_finished(self, result: StepResult) -> None:
         if self._lost is None:
@@ -137,12 +175,17 @@ class EngineLoop:
         if self._lost is not None:
             return
         self._lost = detail
-        self._send(self._engine.ranks_lost(detail))
+        try:
+            outputs = self._engine.ranks_lost(detail)
+        except Exception:  # the engine itself is what failed; its requests still end
+            outputs = [Finished(name, FinishReason.ERROR, 0, 0, 0, detail=detail) for name in self._deliver]
+        self._send(outputs)
         self.on_lost(detail)
 
     def _stop(self) -> None:
         self._ranks_lost("the engine was stopped")
-        self._stopping = True
+        with self._open:
+            self._stopping = True
 
     def _send(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -151,4 +194,8 @@ class EngineLoop:
                 continue
             if isinstance(output, Finished):
                 del self._deliver[output.request_id]
-            deliver(output)
+            try:
+                deliver(output)
+            except RuntimeError:  # the receiver's event loop has closed: nobody is left to tell
+                if self._deliver.pop(output.request_id, None) is not None:
+                    self.abort(output.request_id)

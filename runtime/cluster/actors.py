@@ -135,7 +135,7 @@ class EngineActor:
 
         self._ranks.wait_joined()
         self._info = info
-        self._loop = EngineLoop(config, self._ranks)
+        self._loop = EngineLoop(config, self._ranks, info.vocab_size)
         self._loop.on_lost = self._tell_lost
         self._loop.start()
         self._serving.set()

@@ -183,7 +183,7 @@ def spec_from_hf(file: str, config: Mapping[str, Any], tensors: Mapping[str, Any
         rope_llama3=llama3,
         context_length=get.integer("max_position_embeddings", 2048, high=1 << 31),
         sliding_window=window or None,
-        tied_head=bool(config.get("tie_word_embeddings", False)) or "output.weight" not in tensors,
+        tied_head=bool(config.get("tie_word_embeddings", False)),
         half_split_rope=True,
         rope_factors=False,
     )

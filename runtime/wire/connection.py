@@ -14,6 +14,7 @@ from runtime.wire.messages import PROTOCOL, Hello, WireError, decode, encode
 LENGTH = struct.Struct("<I")
 MAX_FRAME = 64 << 20  # bytes; a 128k-token prompt takes less than one
 HELLO_SECONDS = 10.0  # a stranger may hold a connection no longer
+HELLO_BYTES = 4096  # nor announce a larger first message
 
 
 class Connection:
@@ -45,10 +46,11 @@ class Connection:
         except OSError as error:
             raise WireError(f"the peer is gone: {error}") from None
 
-    def receive(self) -> tuple[str, object]:
-        """Wait for the next message. Raises WireError when the peer is gone or talks nonsense."""
+    def receive(self, limit: int = MAX_FRAME) -> tuple[str, object]:
+        """Wait for the next message, of at most `limit` bytes. Raises WireError when the peer is gone or
+        talks nonsense."""
         (length,) = LENGTH.unpack(self._read(LENGTH.size))
-        if length > MAX_FRAME:
+        if length > limit:
             raise WireError(f"a message of {length} bytes was announced")
         return decode(self._read(length))
 
@@ -105,13 +107,18 @@ class Listener:
             threading.Thread(target=self._greet, args=(sock,), name="connection", daemon=True).start()
 
     def _greet(self, sock: socket.socket) -> None:
-        sock.settimeout(HELLO_SECONDS)
         connection = Connection(sock)
+        # Bounds the whole hello: a timeout of the socket would start anew with every byte.
+        hang_up = threading.Timer(HELLO_SECONDS, connection.close)
+        hang_up.daemon = True
+        hang_up.start()
         try:
-            kind, hello = connection.receive()
+            kind, hello = connection.receive(HELLO_BYTES)
         except WireError:
             connection.close()
             return
+        finally:
+            hang_up.cancel()
         known = (
             kind == "hello"
             and isinstance(hello, Hello)
@@ -121,5 +128,4 @@ class Listener:
         if not known or not isinstance(hello, Hello):
             connection.close()
             return
-        sock.settimeout(None)
         self._handler(hello, connection)

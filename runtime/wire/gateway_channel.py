@@ -7,8 +7,9 @@ import itertools
 import queue
 import threading
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
-from runtime.errors import TramontaneError, Unavailable
+from runtime.errors import InvalidArgument, TramontaneError, Unavailable
 from runtime.loop import EngineLoop
 from runtime.types import EngineInfo, Finished, FinishReason, Load, Output, Request, TokenOutput
 from runtime.wire.connection import LENGTH, MAX_FRAME, Connection
@@ -23,11 +24,14 @@ from runtime.wire.messages import (
     refusal_error,
 )
 
+_CONNECTIONS = itertools.count()
+
 
 def serve_gateway(connection: Connection, loop: EngineLoop, info: EngineInfo) -> None:
     """Serve one gateway until it hangs up; then everything it had asked for is aborted. Blocks."""
     outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     mine: set[str] = set()
+    prefix = f"{next(_CONNECTIONS)}/"  # gateways choose ids by themselves; within the engine they must differ
 
     def write() -> None:
         # A thread of its own, so that a gateway which does not read never holds up the engine.
@@ -40,11 +44,11 @@ def serve_gateway(connection: Connection, loop: EngineLoop, info: EngineInfo) ->
     def deliver_to(request_id: str):
         def deliver(output: Output | TramontaneError) -> None:
             if isinstance(output, TokenOutput):
-                outbox.put(encode("token", output))
+                outbox.put(encode("token", replace(output, request_id=request_id)))
                 return
             mine.discard(request_id)
             if isinstance(output, Finished):
-                outbox.put(encode("finished", output))
+                outbox.put(encode("finished", replace(output, request_id=request_id)))
             else:
                 outbox.put(encode("refused", refusal(request_id, output)))
 
@@ -56,13 +60,15 @@ def serve_gateway(connection: Connection, loop: EngineLoop, info: EngineInfo) ->
         while True:
             kind, body = connection.receive()
             if kind == "add" and isinstance(body, Request):
+                if body.request_id in mine:
+                    raise WireError(f"request {body.request_id!r} is sent twice")
                 mine.add(body.request_id)
-                loop.add(body, deliver_to(body.request_id))
+                loop.add(replace(body, request_id=prefix + body.request_id), deliver_to(body.request_id))
             elif kind == "abort" and isinstance(body, Abort):
                 if body.request_id in mine:  # a gateway ends its own requests only
-                    loop.abort(body.request_id, body.reason, body.keep)
+                    loop.abort(prefix + body.request_id, body.reason, body.keep)
             elif kind == "get_load" and isinstance(body, int):
-                loop.load(lambda load, number=body: outbox.put(encode("load", (number, load))))
+                loop.load(lambda load, number=body: outbox.put(_load_frame(number, load)))
             else:
                 raise WireError(f"a gateway does not send {kind!r}")
     except WireError:
@@ -71,7 +77,13 @@ def serve_gateway(connection: Connection, loop: EngineLoop, info: EngineInfo) ->
         connection.close()
         outbox.put(None)
         for request_id in list(mine):
-            loop.abort(request_id)
+            loop.abort(prefix + request_id)
+
+
+def _load_frame(number: int, load: Load | TramontaneError) -> bytes:
+    if isinstance(load, TramontaneError):
+        return encode("lost", str(load))
+    return encode("load", (number, load))
 
 
 class EngineChannel:
@@ -108,6 +120,8 @@ class EngineChannel:
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         self._check()
+        if request.request_id in self._inboxes:
+            raise InvalidArgument("request_id", f"{request.request_id!r} is running already")
         inbox: asyncio.Queue[Output | TramontaneError] = asyncio.Queue()
         self._inboxes[request.request_id] = inbox
         ended = False

@@ -95,6 +95,8 @@ def decode(frame: bytes | bytearray | memoryview) -> tuple[str, object]:
         return kind, _DECODERS[kind].decode(raw)
     except KeyError:
         raise WireError("a message of unknown kind arrived") from None
+    except RecursionError:
+        raise WireError("a message nested too deeply arrived") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise WireError(f"a malformed message arrived: {error}") from None
 
