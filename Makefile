@@ -26,11 +26,11 @@ setup: $(VENV)/.runtime
 
 # The stamps stand for "installed since these files last changed".
 $(VENV)/.runtime: $(SOURCES) | $(VENV)/bin/python
-	$(PIP) install --quiet --progress-bar off -c constraints.txt -e .
+	@$(PIP) install --quiet --progress-bar off -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.tests: $(SOURCES) | $(VENV)/bin/python
-	$(PIP) install --quiet --progress-bar off -c constraints.txt -e ".[test]"
+	@$(PIP) install --quiet --progress-bar off -c constraints.txt -e ".[test]"
 	@touch $@ $(VENV)/.runtime
 
 $(VENV)/bin/python:

@@ -36,7 +36,7 @@ def note(text: str) -> None:
     if sys.stderr.isatty():
         from rich.console import Console
 
-        Console(stderr=True, highlight=False).print(text, style="dim", markup=False)
+        Console(stderr=True, highlight=False).print(text, style="dim", markup=False, soft_wrap=True)
 
 
 def watched() -> bool:

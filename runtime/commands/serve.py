@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 from runtime.commands.engines import Engine, Front, open_front, preview, start_engine
-from runtime.commands.output import note, write_json, write_line
+from runtime.commands.output import write_json, write_line
 from runtime.config import ServeConfig
 from runtime.errors import Unavailable
 from runtime.server.lifecycle import Server, check_address
@@ -50,7 +50,6 @@ async def _serve(front: Front, engine: Engine, config: ServeConfig, as_json: boo
         with contextlib.suppress(asyncio.CancelledError):
             await lost
         await signalled
-    note("stopped")
 
 
 async def _first_step(pipeline: Pipeline) -> None:
