@@ -36,6 +36,11 @@ class UnitSum:
         self.spans: list[list[Span]] = [
             [span for span in subtrees(run, units) if not all(empty[span[0] : span[1]])] for run in runs
         ]
+        self._single = {
+            span: sum(not empty[u] for u in range(*span)) == 1 for spans in self.spans for span in spans
+        }
+        for spans in self.spans:
+            spans.sort(key=lambda span: self._single[span])  # fp32 first: payloads then keep its alignment
         # The folds within this rank, as (into, other) pairs of units in the order they are done, and the
         # unit in which each of its subtrees ends up.
         self._order: list[tuple[int, int]] = []
@@ -43,9 +48,6 @@ class UnitSum:
         self._first = [fold(leaves, span, self._note) for span in self.spans[comm.rank]]
         self._full_missing = {
             span: None for run in runs for span in subtrees(run, units) if all(empty[span[0] : span[1]])
-        }
-        self._single = {
-            span: sum(not empty[u] for u in range(*span)) == 1 for spans in self.spans for span in spans
         }
 
     def __call__(self, partials: dict[int, torch.Tensor], m: int, width: int) -> torch.Tensor:

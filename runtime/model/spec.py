@@ -205,6 +205,9 @@ def _hf_rope(file: str, get: _Fields, config: Mapping[str, Any]) -> tuple[float,
     if kind == "linear":
         return theta, part.real("factor", low=1e-3, high=1e6), None
     if kind == "llama3":
+        low = part.real("low_freq_factor", low=1e-3, high=1e6)
+        if part.real("high_freq_factor", low=1e-3, high=1e6) <= low:
+            raise get.fail("rope_scaling.high_freq_factor", "is not above low_freq_factor")
         return (
             theta,
             1.0,
