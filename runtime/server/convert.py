@@ -2,11 +2,10 @@
 
 import dataclasses
 
-from tramontane.v1 import generate_pb2, inference_service_pb2, sampling_pb2
-
 from runtime.errors import InvalidArgument
 from runtime.server.pipeline import Completion, Final, Piece
 from runtime.types import EngineInfo, FinishReason, Load, SamplingParams
+from tramontane.v1 import generate_pb2, inference_service_pb2, sampling_pb2
 
 FINISH_REASONS = {
     FinishReason.STOP: generate_pb2.FINISH_REASON_STOP,

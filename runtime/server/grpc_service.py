@@ -9,8 +9,6 @@ import secrets
 from contextlib import aclosing
 
 import grpc
-from tramontane.v1 import inference_service_pb2 as pb
-from tramontane.v1 import inference_service_pb2_grpc
 
 from runtime.errors import InvalidArgument, NotFound, QueueFull, Unavailable
 from runtime.server import convert
@@ -18,6 +16,8 @@ from runtime.server.backlog import Backlog
 from runtime.server.pipeline import Completion, Final, Pipeline
 from runtime.server.statuses import Cancelled, DeadlineExceeded
 from runtime.types import FinishReason
+from tramontane.v1 import inference_service_pb2 as pb
+from tramontane.v1 import inference_service_pb2_grpc
 
 
 class Admission(enum.Enum):

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from tramontane.v1 import inference_service_pb2, inference_service_pb2_grpc
 
 from runtime.errors import InvalidArgument, NotEnough
 from runtime.server.grpc_service import Admission, InferenceService
 from runtime.server.guard import Guard
 from runtime.server.pipeline import Pipeline
 from runtime.server.reflection import add_reflection
+from tramontane.v1 import inference_service_pb2, inference_service_pb2_grpc
 
 log = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
-from tramontane.v1 import generate_pb2, inference_service_pb2_grpc
 
 from runtime.server.lifecycle import Limits, Server, serve
 from runtime.server.pipeline import Pipeline
 from tests.server.scripted import PieceTokenizer, ScriptedEngine, info_for
+from tramontane.v1 import generate_pb2, inference_service_pb2_grpc
 
 DETAILS = (
     error_details_pb2.ErrorInfo,

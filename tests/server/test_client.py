@@ -4,15 +4,15 @@ import asyncio
 import functools
 
 import pytest
-import tramontane
-from tramontane import AsyncClient, Client, FinishReason
 
+import tramontane
 from runtime.errors import InvalidArgument, QueueFull
 from runtime.server.lifecycle import Limits
 from runtime.types import FinishReason as EngineReason
 from tests.server.harness import serving
 from tests.server.scripted import BOS, EOS, ScriptedEngine
 from tests.server.test_streams import until
+from tramontane import AsyncClient, Client, FinishReason
 
 
 class Twin:

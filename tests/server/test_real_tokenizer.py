@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from tramontane import AsyncClient, FinishReason, InvalidRequest
 
 from runtime.server.lifecycle import serve
 from runtime.server.pipeline import Pipeline
@@ -13,6 +12,7 @@ from runtime.tokenizer.template import ChatTemplate
 from runtime.weights.gguf import read_gguf
 from tests.server.scripted import ScriptedEngine, info_for
 from tests.support import fixture_path
+from tramontane import AsyncClient, FinishReason, InvalidRequest
 
 ANSWER = "Paris, naturally \u2014 la Ville Lumi\u00e8re \U0001f5fc. Anything else?"
 

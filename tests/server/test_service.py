@@ -5,13 +5,13 @@ import math
 
 import grpc
 import pytest
-from tramontane.v1 import generate_pb2, inference_service_pb2
 
 from runtime.errors import QueueFull, Unavailable
 from runtime.server.lifecycle import Limits
 from runtime.types import FinishReason
 from tests.server.harness import ask, bad_field, details, refusal, serving
 from tests.server.scripted import BOS, EOS, ScriptedEngine
+from tramontane.v1 import generate_pb2, inference_service_pb2
 
 
 def generated(engine, request, **options):

@@ -11,7 +11,6 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tramontane.v1 import generate_pb2, inference_service_pb2
 
 from runtime.server.backlog import Backlog
 from runtime.server.lifecycle import Limits, channel_options
@@ -21,6 +20,7 @@ from runtime.server.statuses import SlowReader
 from runtime.types import TokenLogprob
 from tests.server.harness import ask, bad_field, details, refusal, serving
 from tests.server.scripted import ScriptedEngine
+from tramontane.v1 import generate_pb2, inference_service_pb2
 
 GENERATE = "/tramontane.v1.InferenceService/Generate"
 
@@ -262,6 +262,7 @@ def test_not_a_number_reaches_the_check_and_not_the_engine():
 def test_channel_arguments_are_ones_that_grpc_knows():
     """gRPC ignores a misspelt argument in silence."""
     from grpc._cython import cygrpc
+
     from tramontane import client
 
     library = cygrpc.__file__
