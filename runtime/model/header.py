@@ -16,12 +16,11 @@ from runtime.model.units import Unit
 from runtime.weights.checkpoint import Checkpoint, check_tensor, open_checkpoint
 from runtime.weights.formats import TensorType
 
-# Weights by what they do. On a CPU with AMX a dense bf16 product of sixteen rows costs what one row costs, an
-# int4 product of one row a third of that and of sixteen rows twice: which roles are dense trades one stream
-# against many (docs/performance.md). Dense weights must not crowd out the rest, hence the limit in bytes.
+# Weights by what they do, and those that are kept in bf16 even where int4 would do. A dense bf16 product of
+# sixteen rows costs what one row costs on a CPU with AMX; an int4 product of one row costs half of that and of
+# sixteen rows twice. So dense roles trade one stream against many: docs/performance.md has the figures.
 ROLES = ("qkv", "attention_output", "gate_up", "down")
-DENSE_ROLES = frozenset({"gate_up"})
-DENSE_LIMIT = 2 << 30
+DENSE_ROLES: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +84,5 @@ def open_model(config: ModelConfig) -> OpenModel:
         raise InvalidArgument("dtype", f"{config.dtype!r} is none of auto, bf16, fp32")
     down = [checkpoint.tensors[f"blk.{i}.ffn_down.weight"].type for i in range(spec.layers)]
     block = 32 if config.quantize else max(t.block for t in down)
-    gate_up_bytes = spec.layers * 2 * spec.ffn * spec.hidden * 2
-    dense = DENSE_ROLES if dtype == "bf16" and gate_up_bytes <= DENSE_LIMIT else frozenset()
+    dense = DENSE_ROLES if dtype == "bf16" else frozenset()
     return OpenModel(checkpoint, spec, spec.units(block), dtype, dense, config.quantize)
