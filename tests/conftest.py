@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +11,21 @@ import pytest
 
 from tests.support import smollm2_path
 
+# Tiny models run fastest on one thread, and OpenMP's teams wait for each other by spinning, which is slow
+# where cores are shared. Tests that are about threads set their own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 TinyModel = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def threads_stay() -> Iterator[None]:
+    """An engine in this process sets torch's threads for all of it: undone after each test."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else 1
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from kernels.attention import chunk_calls
 from runtime.config import ModelConfig
 from runtime.model.communicator import Alone, Communicator, Threads
 from runtime.model.forward import Batch, Forward
-from runtime.model.load import OpenModel, load_shard, open_model
+from runtime.model.header import OpenModel, open_model
+from runtime.model.load import DTYPES, load_shard
 
 BLOCK = 64
 
@@ -28,7 +29,7 @@ def forward_of(model: OpenModel, positions: int, comm: Communicator | None = Non
     heads = units[-1].kv_heads[1] - units[0].kv_heads[0]
     blocks = -(-positions // BLOCK)
     shape = (model.spec.layers, blocks, BLOCK, 2, heads, model.spec.head_dim)
-    return Forward(shard, torch.zeros(shape, dtype=model.dtype), comm, blocks * BLOCK)
+    return Forward(shard, torch.zeros(shape, dtype=DTYPES[model.dtype]), comm, blocks * BLOCK)
 
 
 @torch.inference_mode()

@@ -1,0 +1,59 @@
+"""Asks an engine for replies and keeps all that came back, to the last bit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from runtime.types import Finished, FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Everything of a reply that must be a pure function of the request."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float | None, ...]
+    tops: tuple[tuple[TokenLogprob, ...], ...]
+    reason: FinishReason
+    stop_token: int | None
+
+
+async def ask(client, request: Request) -> tuple[Reply, Finished]:
+    """A whole reply from an `EngineClient`."""
+    tokens: list[TokenOutput] = []
+    async for output in client.generate(request):
+        if isinstance(output, Finished):
+            reply = Reply(
+                tuple(t.token for t in tokens),
+                tuple(t.logprob for t in tokens),
+                tuple(t.top for t in tokens),
+                output.reason,
+                output.stop_token,
+            )
+            assert [t.index for t in tokens] == list(range(len(tokens)))
+            assert output.completion_tokens == len(tokens)
+            return reply, output
+        tokens.append(output)
+    raise AssertionError("a stream ended without its last output")
+
+
+async def ask_all(client, requests: Iterable[Request], limit: float = 240.0) -> list[Reply]:
+    """Replies to requests that are asked together."""
+    async with asyncio.timeout(limit):
+        found = await asyncio.gather(*(ask(client, request) for request in requests))
+    return [reply for reply, _ in found]
+
+
+async def ask_in_turn(client, requests: Iterable[Request], limit: float = 240.0) -> list[Reply]:
+    """Replies to requests that are asked one after another, each alone."""
+    async with asyncio.timeout(limit):
+        return [(await ask(client, request))[0] for request in requests]
+
+
+def greedy(
+    name: str, prompt: Sequence[int], max_tokens: int, stop_ids: Sequence[int] = (), **more
+) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=0, **more)
+    return Request(name, tuple(prompt), params, tuple(stop_ids))
