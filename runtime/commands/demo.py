@@ -21,8 +21,6 @@ from runtime.hub import resolve
 from tramontane import Client
 
 STOP_SECONDS = 60
-# Small models wander without one; the default model's own system message leaves it torn between languages.
-SYSTEM = "Answer in one sentence."
 
 
 def demo(source: str, question: str, *, tp: int) -> None:
@@ -37,7 +35,7 @@ def demo(source: str, question: str, *, tp: int) -> None:
         for rank in ready["ranks"]:
             write_line(f"  {rank}")
         write_line(f"  numerics {ready['numerics']}")
-        write_line(f"Asking through gRPC: {question} ({SYSTEM})")
+        write_line(f"Asking through gRPC: {question}")
         answer = _ask(ready["address"], question)
     write_line("Stopped cleanly.")
     write_line(f"{len(ready['ranks'])} rank actors: {' '.join(answer.split())}")
@@ -47,7 +45,7 @@ def _ask(target: str, question: str) -> str:
     with Client(target) as client, one_line(target):
         asked, first = time.perf_counter(), None
         write_text("  ")
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        messages = [{"role": "user", "content": question}]
         with client.stream_chat(messages, temperature=0.0, max_tokens=64) as stream:
             for chunk in stream:
                 first = first or time.perf_counter()

@@ -69,7 +69,7 @@ def shard_slices(spec: ModelSpec, units: tuple[Unit, ...], run: Span) -> list[Sl
             Slice(f"blk.{i}.attn_q.weight", times(share.heads, d), (0, h)),
             Slice(f"blk.{i}.attn_k.weight", times(share.kv_heads, d), (0, h)),
             Slice(f"blk.{i}.attn_v.weight", times(share.kv_heads, d), (0, h)),
-            *(Slice(f"blk.{i}.attn_output.weight", (0, h), times(u.heads, d)) for u in mine),
+            Slice(f"blk.{i}.attn_output.weight", (0, h), times(share.heads, d)),
             Slice(f"blk.{i}.ffn_norm.weight", (0, 1), (0, h)),
         ]
         if share.ffn[0] < share.ffn[1]:

@@ -99,6 +99,12 @@ def select(value: Loaded, rows: slice | torch.Tensor) -> Loaded:
     return value.select_rows(rows) if isinstance(value, Planar) else value[rows]
 
 
+def select_cols(value: Loaded, span: Span) -> Loaded:
+    if span == (0, value.cols if isinstance(value, Planar) else value.shape[1]):
+        return value
+    return value.select_cols(*span) if isinstance(value, Planar) else value[:, span[0] : span[1]]
+
+
 def _int4(value: Loaded, rows: int) -> bool:
     """Whether the int4 operator serves `rows` rows (a unit's) of this tensor."""
     return isinstance(value, Planar) and sum(value.bits) == 4 and int4_takes(rows, value.cols, value.group)

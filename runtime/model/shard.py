@@ -14,7 +14,7 @@ from kernels.embedding import RowTable, rows
 from kernels.head import HeadShare
 from kernels.linear import Weight, pack_bf16, pack_fp32
 from runtime.model.layout import RunShare
-from runtime.model.packing import Columns, Loaded, Packer, row_count, select
+from runtime.model.packing import Columns, Loaded, Packer, row_count, select, select_cols
 from runtime.model.spec import ModelSpec
 from runtime.model.units import Span, Unit
 from runtime.weights.plan import Slice
@@ -116,7 +116,8 @@ def build_shard(
         q_spans = [_within(u.heads, share.heads, spec.head_dim) for u in mine]
         kv_spans = [_within(u.kv_heads, share.kv_heads, spec.head_dim) for u in mine]
         qkv = pack.columns([(q, q_spans), (k, kv_spans), (take(name("attn_v")), kv_spans)], "qkv")
-        output = tuple(pack.weight(take(name("attn_output")), "attention_output") for _ in mine)
+        whole = take(name("attn_output"))
+        output = tuple(pack.weight(select_cols(whole, span), "attention_output") for span in q_spans)
         ffn_norm = vector(name("ffn_norm"))
         gate_up: tuple[GateUp, ...] = ()
         down: list[Weight | None] = [None] * len(mine)
@@ -178,7 +179,7 @@ def _row_table(value: Loaded) -> RowTable:
         return RowTable(value.contiguous(), None, None, 0)
     scales, offsets = value.scales().contiguous(), value.offsets()
     if value.zero_point == 0 and value.m is None:
-        return RowTable(value.codes(), scales, None, value.group)
+        return RowTable(value.codes().clone(), scales, None, value.group)  # codes may view a wider plane
     if value.zero_point and value.m is None:
         signed = value.codes().to(torch.int16).sub_(value.zero_point).to(torch.int8)
         return RowTable(signed, scales, None, value.group)
