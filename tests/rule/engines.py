@@ -1,0 +1,62 @@
+"""Local engines of any setting, and the plain run that all are compared with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtime.config import EngineConfig, ModelConfig, ParallelConfig
+from runtime.local import LocalEngine
+from runtime.types import Request
+from tests.replies import Reply, ask_in_turn
+
+
+@contextmanager
+def engine(
+    path: Path,
+    *,
+    tp: int = 1,
+    threads: int = 1,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    **settings,
+) -> Iterator[LocalEngine]:
+    made = LocalEngine(
+        ModelConfig(str(path), dtype=dtype, max_model_len=max_model_len),
+        EngineConfig(**settings),
+        ParallelConfig(tp=tp, threads=threads),
+    )
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def plain_replies(path: Path, requests: list[Request], dtype: str = "auto") -> list[Reply]:
+    """One rank, one thread, one request at a time, whole prompts, nothing cached."""
+    settings = {"max_num_seqs": 1, "prefix_cache": False, "max_step_tokens": 4096}
+    with engine(path, dtype=dtype, **settings) as alone:
+        return asyncio.run(ask_in_turn(alone.client, requests))
+
+
+def check_idle(made: LocalEngine) -> None:
+    """Raises what the engine's integrity check finds wrong."""
+    import queue
+
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+    made.loop.check(answers.put)
+    if error := answers.get(timeout=20):
+        raise error
+
+
+def assert_same(got: list[Reply], want: list[Reply]) -> None:
+    """Equal to the last bit of every logprob; says which request differs, and where first."""
+    assert len(got) == len(want)
+    for i, (one, other) in enumerate(zip(got, want, strict=True)):
+        if one != other:
+            at = next(
+                (n for n, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)) if a != b), None
+            )
+            raise AssertionError(f"request {i} differs, tokens first at {at}:\n{one}\n{other}")
