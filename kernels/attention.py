@@ -1,9 +1,10 @@
-"""Attention over a paged KV cache, grouped-query heads packed into tiles of 16 rows.
+"""Attention over a paged KV cache, grouped-query heads packed into tiles of query rows.
 
-One tile is 16 query rows of one KV head: as many tokens as fit, each with all the query heads that read that
-head. Every tile of every step goes through the same call: 16 rows, KV padded to a multiple of 64 (bf16) or of
-512 (fp32), an additive mask. Called so, torch's CPU kernel gives a row the same bits whatever else stands in
-the tile, the batch or the padding (docs/numerics.md); called with the bare number of queries it does not.
+What a row's bits are is defined by one call: 16 query rows of one KV head, KV padded to a multiple of 64
+(bf16) or of 512 (fp32), an additive mask. Called so, torch's CPU kernel gives a row the same bits whatever
+else stands in the tile, the batch or the padding (docs/numerics.md); called with any number of queries it
+does not. In bf16, tiles of 1 to 32 rows turn out to give the bits of 16. Where a comparison at start-up shows
+that they do (`tile_sizes`), single tokens go without padding rows, and prompts in tiles of 32.
 The kernel reduces KV in segments of 512 absolute positions, in order; its fp32 products also depend on how
 long the last segment is, hence the coarser padding.
 """
@@ -15,14 +16,15 @@ from dataclasses import dataclass
 
 import torch
 
-TILE = 16
+TILE = 16  # rows of the call that defines the bits
+WIDE = 32  # the most rows of a tile where their number is free
 KV_PAD = {torch.bfloat16: 64, torch.float32: 512}
 _MASK_LIMIT = 1 << 23  # mask elements of one call; longer work is cut into several calls
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """B tiles of up to `tokens` tokens each, over KV of one padded length L.
+    """B tiles of R rows, up to `tokens` tokens each, over KV of one padded length L.
 
     Rows of a tile past its tokens are padding; `query` names a real row for them and `out` drops them."""
 
@@ -30,13 +32,43 @@ class AttentionCall:
     tokens: int
     blocks: torch.Tensor | slice  # int64 [B or 1, L / block_size]: KV blocks in order; 1 is shared by all
     # tiles. A slice is the one run of neighbouring blocks that all tiles read, without a copy.
-    mask: torch.Tensor  # [B, 1, 16, L] additive
+    mask: torch.Tensor  # [B, 1, R, L] additive
     keep: int  # leading entries of `query` that are real
 
 
-def tokens_per_tile(group: int) -> int:
-    """Tokens whose `group` query heads fit a tile together."""
-    return max(1, TILE // group)
+@dataclass(frozen=True, slots=True)
+class TileSizes:
+    """Rows of a tile for a single token, and for a run of tokens."""
+
+    single: int
+    run: int
+
+
+def tile_sizes(group: int, dim: int, dtype: torch.dtype) -> TileSizes:
+    """The cheapest tiles that give the bits of 16 rows, for `group` query heads a KV head of `dim` channels.
+
+    Which products torch calls for follows from shapes, not from values, so a comparison over random ones
+    settles it. The result may differ between machines; the bits do not."""
+    packed = group // _head_split(group)
+    wide = TileSizes(packed, WIDE // packed * packed)
+    if dtype != torch.bfloat16:
+        return TileSizes(TILE, TILE)
+    draw = torch.Generator().manual_seed(0)
+    for length in (64, 192, 512, 1088):
+        q, k, v = (torch.randn(2, 3, n, dim, generator=draw).to(dtype) for n in (WIDE, length, length))
+        mask = _additive(torch.rand(2, 1, WIDE, length, generator=draw) < 0.7, dtype)
+        mask[..., 0] = 0
+        defined = torch.cat(
+            [_attend(q[:, :, i : i + TILE], k, v, mask[:, :, i : i + TILE]) for i in (0, TILE)], 2
+        )
+        for rows in {wide.single, wide.run}:
+            if not torch.equal(_attend(q[:, :, :rows], k, v, mask[:, :, :rows]), defined[:, :, :rows]):
+                return TileSizes(TILE, TILE)
+    return wide
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=q.shape[3] ** -0.5)
 
 
 def padded_blocks(positions: int, block_size: int, dtype: torch.dtype) -> int:
@@ -59,15 +91,17 @@ def decode_call(
     positions: torch.Tensor,
     blocks: torch.Tensor | slice,
     *,
+    tile: int,
     block_size: int,
     window: int | None,
     dtype: torch.dtype,
 ) -> AttentionCall:
     """One token of each of B sequences, in rows `rows` of q, or in all of them (None). positions int64 [B];
-    blocks int64 [B, n] with n from `padded_blocks`, unused entries 0, or a run of n blocks where B is 1."""
+    blocks int64 [B, n] with n from `padded_blocks`, unused entries 0, or a run of n blocks where B is 1.
+    `tile` is the rows of a tile."""
     count = blocks.stop - blocks.start if isinstance(blocks, slice) else blocks.shape[1]
     allowed = _allowed(positions[:, None], count * block_size, window)  # [B, 1, L]
-    mask = _additive(allowed, dtype)[:, :, None, :].expand(-1, 1, TILE, -1)
+    mask = _additive(allowed, dtype)[:, :, None, :].expand(-1, 1, tile, -1)
     query = None if rows is None else torch.tensor(rows)
     return AttentionCall(query, 1, blocks, mask, positions.shape[0])
 
@@ -79,14 +113,16 @@ def chunk_calls(
     blocks: torch.Tensor,
     *,
     group: int,
+    tile: int,
     block_size: int,
     window: int | None,
     dtype: torch.dtype,
 ) -> list[AttentionCall]:
     """A run of `length` tokens from position `start` of one sequence, whose rows begin at `first_row`.
-    blocks int64 [n] covers positions 0 .. start + length - 1."""
-    tokens = tokens_per_tile(group)
-    used = min(group, TILE) * tokens
+    blocks int64 [n] covers positions 0 .. start + length - 1. `tile` is the rows of a tile."""
+    packed = group // _head_split(group)
+    tokens = tile // packed
+    used = tokens * packed
     calls = []
     done = 0
     while done < length:
@@ -95,32 +131,40 @@ def chunk_calls(
         if length - stop < tokens:
             stop = length
         kv_blocks = padded_blocks(start + stop, block_size, dtype)
-        stop = min(stop, done + max(1, _MASK_LIMIT // (kv_blocks * block_size * TILE)) * tokens)
+        stop = min(stop, done + max(1, _MASK_LIMIT // (kv_blocks * block_size * tile)) * tokens)
         tiles = -(-(stop - done) // tokens)
         real = torch.arange(done, done + tiles * tokens).clamp_(max=stop - 1)
         here = blocks[:kv_blocks]
         if here.shape[0] < kv_blocks:
             here = torch.nn.functional.pad(here, (0, kv_blocks - here.shape[0]))
         allowed = _allowed((real + start).view(tiles, tokens), kv_blocks * block_size, window)
-        mask = _additive(allowed, dtype).repeat_interleave(min(group, TILE), dim=1)
-        mask = torch.nn.functional.pad(mask, (0, 0, 0, TILE - used)) if used < TILE else mask
+        mask = _additive(allowed, dtype).repeat_interleave(packed, dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 0, 0, tile - used)) if used < tile else mask
         calls.append(AttentionCall(real + first_row, tokens, here[None], mask[:, None], stop - done))
         done = stop
     return calls
 
 
-def tile_buffers(calls: Sequence[AttentionCall], q_shape: Sequence[int], dtype: torch.dtype) -> list:
-    """A zeroed tile buffer a call, for q of shape [M, KV heads, group, D]; good for all layers of a step."""
+def tile_buffers(
+    calls: Sequence[AttentionCall], q_shape: Sequence[int], dtype: torch.dtype
+) -> list[torch.Tensor | None]:
+    """A zeroed tile buffer a call, for q of shape [M, KV heads, group, D]; good for all layers of a step.
+    None for a call whose tiles are q as it lies."""
     _, kv_heads, group, dim = q_shape
-    lanes = kv_heads * _head_split(group)
-    return [torch.zeros(call.mask.shape[0], lanes, TILE, dim, dtype=dtype) for call in calls]
+    split = _head_split(group)
+    return [
+        None
+        if call.query is None and call.tokens == 1 and call.mask.shape[2] == group // split
+        else torch.zeros(call.mask.shape[0], kv_heads * split, call.mask.shape[2], dim, dtype=dtype)
+        for call in calls
+    ]
 
 
 def paged_attention(
     q: torch.Tensor,
     cache: torch.Tensor,
     calls: Sequence[AttentionCall],
-    buffers: Sequence[torch.Tensor],
+    buffers: Sequence[torch.Tensor | None],
     scale: float,
     out: torch.Tensor,
 ) -> torch.Tensor:
@@ -148,10 +192,13 @@ def paged_attention(
         if k.shape[0] != tiles:
             k, v = k.expand(tiles, -1, -1, -1), v.expand(tiles, -1, -1, -1)
         used = call.tokens * packed
-        wanted = q if call.query is None else q.index_select(0, call.query)
-        tile[:, :, :used].view(tiles, lanes, call.tokens, packed, dim).copy_(
-            wanted.view(tiles, call.tokens, lanes, packed, dim).transpose(1, 2)
-        )
+        if tile is None:
+            tile = q.view(tiles, lanes, packed, dim)
+        else:
+            wanted = q if call.query is None else q.index_select(0, call.query)
+            tile[:, :, :used].view(tiles, lanes, call.tokens, packed, dim).copy_(
+                wanted.view(tiles, call.tokens, lanes, packed, dim).transpose(1, 2)
+            )
         y = torch.nn.functional.scaled_dot_product_attention(tile, k, v, attn_mask=call.mask, scale=scale)
         # [parts, tiles, tokens, lanes of a part, packed, D], as the rows of `out` want it
         y = y[:, :, :used].unflatten(2, (call.tokens, packed)).unflatten(1, (parts, -1))

@@ -25,14 +25,15 @@ class HeadShare:
     base: int  # the share's first row within `table`
 
 
-def head_logits(x: torch.Tensor, share: HeadShare) -> torch.Tensor:
-    """x fp32 [M, K], normalised -> fp32 logits [M, V of the share]."""
+def head_logits(x: torch.Tensor, share: HeadShare, out: torch.Tensor) -> None:
+    """x fp32 [M, K], normalised -> out, fp32 logits [M, V of the share]."""
     if share.table is None:
-        return linear(x, share.weight)
-    logits = linear(x.to(torch.bfloat16), share.weight)
-    count = min(RESCORED, logits.shape[1])
-    best = torch.topk(logits, count, dim=1, sorted=False).indices
-    logits = logits.float()
+        out.copy_(linear(x, share.weight))
+        return
+    coarse = linear(x.to(torch.bfloat16), share.weight)
+    count = min(RESCORED, coarse.shape[1])
+    best = torch.topk(coarse, count, dim=1, sorted=False).indices
     exact = rows(share.table, best.reshape(-1) + share.base).view(x.shape[0], count, -1)
     exact *= x[:, None, :]
-    return logits.scatter_(1, best, exact.sum(dim=-1))
+    out.copy_(coarse)
+    out.scatter_(1, best, exact.sum(dim=-1))

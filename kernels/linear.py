@@ -106,15 +106,15 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     x is bf16 for int4 and bf16 weights, fp32 for fp32 ones, and contiguous; the result has its type.
     Raises ValueError naming what does not fit.
     """
-    if x.ndim != 2 or x.shape[1] != weight.in_features:
-        raise ValueError(f"linear: x is {tuple(x.shape)}, the weight takes K = {weight.in_features}")
-    wanted = torch.float32 if isinstance(weight, Fp32Weight) else torch.bfloat16
-    if x.dtype != wanted or x.device.type != "cpu":
-        raise ValueError(f"linear: x is {x.dtype} on {x.device}, this weight takes {wanted} on the CPU")
     if isinstance(weight, Int4Weight):
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+        if x.dtype is not torch.bfloat16 or x.shape[-1] != weight.in_features or x.ndim != 2 or not x.is_cpu:
+            raise _misfit(x, weight)
+        return torch._weight_int4pack_mm_for_cpu(
             x.contiguous(), weight.packed, weight.group, weight.scales_and_zeros
         )
+    wanted = torch.float32 if isinstance(weight, Fp32Weight) else torch.bfloat16
+    if x.dtype is not wanted or x.shape[-1] != weight.in_features or x.ndim != 2 or not x.is_cpu:
+        raise _misfit(x, weight)
     product = _bf16_tile if isinstance(weight, Bf16Weight) else _fp32_tile
     m = x.shape[0]
     if m == TILE:
@@ -126,6 +126,13 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
         padded[: m - whole] = x[whole:]
         tiles.append(product(padded, weight)[: m - whole])
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+
+def _misfit(x: torch.Tensor, weight: Weight) -> ValueError:
+    return ValueError(
+        f"linear: x is {x.dtype} {tuple(x.shape)} on {x.device}; a {type(weight).__name__} takes "
+        f"[M, {weight.in_features}] in {'fp32' if isinstance(weight, Fp32Weight) else 'bf16'} on the CPU"
+    )
 
 
 def _bf16_tile(x: torch.Tensor, weight: Bf16Weight) -> torch.Tensor:

@@ -120,7 +120,11 @@ class Forward:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden fp32 [S, H] -> fp32 logits [S, V] at rank 0, None elsewhere."""
-        share = torch.cat([head_logits(hidden, head) for head in self.shard.heads], dim=1)
+        start, stop = self.shard.vocab
+        share = torch.empty(hidden.shape[0], stop - start)
+        for head, unit in zip(self.shard.heads, range(*self.shard.run), strict=True):
+            first, last = self.shard.units[unit].vocab
+            head_logits(hidden, head, share[:, first - start : last - start])
         if self.comm.size == 1:
             return share
         widths = [b - a for a, b in zip(self.vocab_at, self.vocab_at[1:], strict=False)]

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from kernels.attention import AttentionCall, block_run, chunk_calls, decode_call, padded_blocks
+from kernels.attention import (
+    AttentionCall,
+    block_run,
+    chunk_calls,
+    decode_call,
+    padded_blocks,
+    tile_sizes,
+)
 from runtime.model.communicator import Communicator
 from runtime.model.forward import Batch, Forward
 from runtime.model.shard import Shard
@@ -51,6 +58,7 @@ class Runner:
         self.block_size = block_size
         self._group = spec.heads // spec.kv_heads
         self._window = spec.sliding_window
+        self._tiles = tile_sizes(self._group, spec.head_dim, shard.dtype)
         self._sequences: dict[int, _Sequence] = {}
 
     @property
@@ -130,7 +138,9 @@ class Runner:
                 lone.append((first, chunk.start, sequence.blocks))
             else:
                 table = torch.tensor(sequence.blocks[: -(-stop // self.block_size)])
-                calls += chunk_calls(first, chunk.start, chunk.length, table, group=self._group, **spec)
+                calls += chunk_calls(
+                    first, chunk.start, chunk.length, table, group=self._group, tile=self._tiles.run, **spec
+                )
         calls += self._decode_calls(lone, len(tokens), spec)
         at = torch.tensor(positions)
         cache_rows = torch.tensor(blocks) * self.block_size + at % self.block_size
@@ -158,7 +168,7 @@ class Runner:
                     used = position // self.block_size + 1
                     table[i, :used] = owned[:used]
                 blocks = torch.from_numpy(table)
-            calls.append(decode_call(rows, at, blocks, **spec))
+            calls.append(decode_call(rows, at, blocks, tile=self._tiles.single, **spec))
         return calls
 
     def _one_run(self, entries: list[tuple[int, int, list[int]]], count: int) -> slice | None:
