@@ -23,20 +23,24 @@ class Reply:
 async def ask(client, request: Request) -> tuple[Reply, Finished]:
     """A whole reply from an `EngineClient`."""
     tokens: list[TokenOutput] = []
+    end: Finished | None = None
     async for output in client.generate(request):
+        assert end is None, "something came after the last output"
         if isinstance(output, Finished):
-            reply = Reply(
-                tuple(t.token for t in tokens),
-                tuple(t.logprob for t in tokens),
-                tuple(t.top for t in tokens),
-                output.reason,
-                output.stop_token,
-            )
-            assert [t.index for t in tokens] == list(range(len(tokens)))
-            assert output.completion_tokens == len(tokens)
-            return reply, output
-        tokens.append(output)
-    raise AssertionError("a stream ended without its last output")
+            end = output
+        else:
+            tokens.append(output)
+    assert end is not None, "a stream ended without its last output"
+    assert [t.index for t in tokens] == list(range(len(tokens)))
+    assert end.completion_tokens == len(tokens)
+    reply = Reply(
+        tuple(t.token for t in tokens),
+        tuple(t.logprob for t in tokens),
+        tuple(t.top for t in tokens),
+        end.reason,
+        end.stop_token,
+    )
+    return reply, end
 
 
 async def ask_all(client, requests: Iterable[Request], limit: float = 240.0) -> list[Reply]:

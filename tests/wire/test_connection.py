@@ -1,0 +1,200 @@
+"""Connections over real sockets: who may speak, what is carried whole, and how the end is noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import runtime.wire.connection as module
+from runtime.wire.connection import LENGTH, MAX_FRAME, Connection, Listener
+from runtime.wire.messages import Hello, WireError, encode
+
+TOKEN = "a secret"
+
+
+@pytest.fixture
+def door() -> Iterator[tuple[Listener, queue.SimpleQueue]]:
+    """A listener, and the (hello, connection) pairs it let in."""
+    let_in: queue.SimpleQueue = queue.SimpleQueue()
+    listener = Listener("127.0.0.1", TOKEN, lambda hello, connection: let_in.put((hello, connection)))
+    yield listener, let_in
+    listener.close()
+    while not let_in.empty():
+        let_in.get()[1].close()
+
+
+@contextlib.contextmanager
+def dial(listener: Listener) -> Iterator[socket.socket]:
+    with socket.create_connection((listener.host, listener.port), timeout=10) as sock:
+        yield sock
+
+
+def hung_up(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def frame(raw: bytes) -> bytes:
+    return LENGTH.pack(len(raw)) + raw
+
+
+def pair(door) -> tuple[Connection, Connection]:
+    listener, let_in = door
+    near = Connection.connect(listener.host, listener.port, Hello("gateway", TOKEN, 3))
+    hello, far = let_in.get(timeout=10)
+    assert (hello.role, hello.rank) == ("gateway", 3)
+    return near, far
+
+
+def test_both_ways(door):
+    near, far = pair(door)
+    near.send("beat", 1)
+    far.send("failed", "no reason")
+    assert far.receive() == ("beat", 1) and near.receive() == ("failed", "no reason")
+
+
+@pytest.mark.parametrize("size", [0, 1, 70_000, 20 << 20])
+def test_a_message_of_any_size_comes_whole(door, size):
+    near, far = pair(door)
+    sender = threading.Thread(target=near.send, args=("failed", "x" * size))
+    sender.start()
+    assert far.receive() == ("failed", "x" * size)
+    sender.join()
+
+
+def test_messages_from_many_threads_do_not_mix(door):
+    near, far = pair(door)
+
+    def send(n: int) -> None:
+        for i in range(50):
+            near.send("failed", str(n) * (1000 * n + i))
+
+    threads = [threading.Thread(target=send, args=(n,)) for n in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    counts = dict.fromkeys(range(1, 9), 0)
+    for _ in range(400):
+        _, text = far.receive()
+        n = int(text[0])
+        assert text == str(n) * (1000 * n + counts[n])  # its own order, nothing in between
+        counts[n] += 1
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        frame(encode("hello", Hello("gateway", "a guess"))),
+        frame(encode("hello", Hello("gateway", ""))),
+        frame(encode("hello", Hello("gateway", "ä secret"))),
+        frame(encode("hello", Hello("gateway", TOKEN, protocol=99))),
+        frame(encode("beat", 1)),
+        frame(b"no msgpack"),
+        frame(b""),
+        frame(b"\x92\xa5hello" + b"\x91" * 1000),
+        LENGTH.pack(0xFFFFFFFF),
+        LENGTH.pack(MAX_FRAME),
+        b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
+    ],
+    ids=[
+        "wrong token", "no token", "beyond ASCII", "another protocol", "no hello", "garbage", "nothing",
+        "deep", "huge", "large", "a browser",
+    ],
+)  # fmt: skip
+def test_a_stranger_is_hung_up_on(door, first):
+    listener, let_in = door
+    with dial(listener) as sock:
+        sock.sendall(first)
+        assert hung_up(sock)
+    assert let_in.empty()
+    near, far = pair(door)  # and others are still served
+    near.send("beat", 2)
+    assert far.receive() == ("beat", 2)
+
+
+def test_a_stranger_may_not_hold_a_connection(door, monkeypatch):
+    """Neither by silence nor by a byte now and then."""
+    monkeypatch.setattr(module, "HELLO_SECONDS", 0.5)
+    listener, let_in = door
+    with dial(listener) as silent, dial(listener) as slow:
+        raw = frame(encode("hello", Hello("gateway", TOKEN)))
+        started = time.monotonic()
+        with contextlib.suppress(OSError):
+            for byte in raw:
+                slow.sendall(bytes([byte]))
+                time.sleep(0.1)
+        assert hung_up(silent) and hung_up(slow)
+        assert time.monotonic() - started < 8
+    assert let_in.empty()
+
+
+def test_an_oversized_message_is_not_read(door):
+    near, far = pair(door)
+    near.detach().sendall(LENGTH.pack(MAX_FRAME + 1))
+    with pytest.raises(WireError, match=str(MAX_FRAME + 1)):
+        far.receive()
+
+
+def test_an_end_in_the_middle_is_an_error(door):
+    near, far = pair(door)
+    near.detach().sendall(LENGTH.pack(100) + b"only this")
+    near.close()
+    with pytest.raises(WireError, match="hung up"):
+        far.receive()
+
+
+def test_close_wakes_who_waits(door):
+    near, _far = pair(door)
+    errors: queue.SimpleQueue = queue.SimpleQueue()
+
+    def wait() -> None:
+        try:
+            near.receive()
+        except WireError as error:
+            errors.put(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    time.sleep(0.1)
+    near.close()
+    assert isinstance(errors.get(timeout=10), WireError)
+    near.close()  # twice is fine
+    with pytest.raises(WireError):
+        near.send("beat", 1)
+
+
+def test_sending_to_who_is_gone_fails(door):
+    near, far = pair(door)
+    far.close()
+    with pytest.raises(WireError):
+        for _ in range(1000):
+            near.send("failed", "x" * 10_000)
+
+
+def test_silence_beyond_a_timeout_is_an_error(door):
+    near, _far = pair(door)
+    near.set_timeout(0.2)
+    with pytest.raises(WireError):
+        near.receive()
+
+
+def test_nobody_answers():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(WireError, match=f"127.0.0.1:{port} does not answer"):
+        Connection.connect("127.0.0.1", port, Hello("gateway", TOKEN), timeout=5)
+
+
+def test_a_closed_listener_lets_nobody_in(door):
+    listener, _ = door
+    listener.close()
+    with pytest.raises(WireError):
+        Connection.connect(listener.host, listener.port, Hello("gateway", TOKEN), timeout=5).receive()
