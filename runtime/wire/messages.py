@@ -118,7 +118,7 @@ def refusal(request_id: str, error: TramontaneError) -> Refused:
 
 def refusal_error(refused: Refused) -> TramontaneError:
     match refused.kind, refused.detail:
-        case "QueueFull", (seconds,):
+        case "QueueFull", (seconds,) if _is_delay(seconds):
             return QueueFull(float(seconds))
         case "InvalidArgument", (field, reason):
             return InvalidArgument(field, reason)
@@ -128,3 +128,11 @@ def refusal_error(refused: Refused) -> TramontaneError:
             return NotEnough(detail)
         case _:
             return Unavailable(" ".join(refused.detail))
+
+
+def _is_delay(text: str) -> bool:
+    """Whether a peer's text is a number of seconds that one can wait."""
+    try:
+        return 0 <= float(text) < float("inf")
+    except ValueError:
+        return False
