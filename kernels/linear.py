@@ -130,8 +130,8 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 def _misfit(x: torch.Tensor, weight: Weight) -> ValueError:
     return ValueError(
-        f"linear: x is {x.dtype} {tuple(x.shape)} on {x.device}; a {type(weight).__name__} takes "
-        f"[M, {weight.in_features}] in {'fp32' if isinstance(weight, Fp32Weight) else 'bf16'} on the CPU"
+        f"linear: x is {tuple(x.shape)} {x.dtype} on {x.device}; a {type(weight).__name__} takes [M, K] with "
+        f"K = {weight.in_features}, {'fp32' if isinstance(weight, Fp32Weight) else 'bf16'} on the CPU"
     )
 
 

@@ -8,15 +8,20 @@ from dataclasses import dataclass
 import torch
 
 from kernels.attention import (
+    TILE,
     AttentionCall,
+    TileSizes,
     block_run,
     chunk_calls,
     decode_call,
     padded_blocks,
     paged_attention,
     tile_buffers,
+    tile_sizes,
 )
 from tests.bits import random
+
+DEFINING = TileSizes(TILE, TILE)  # the tiles whose bits every other size must give
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,13 @@ class Paged:
         part.cache = self.cache[:, :, :, start:stop].contiguous()
         return part
 
-    def attend(self, runs: Sequence[Run], *, decode: bool = True, parts: int = 1) -> list[torch.Tensor]:
+    def attend(
+        self, runs: Sequence[Run], *, decode: bool = True, parts: int = 1, tiles: TileSizes | None = None
+    ) -> list[torch.Tensor]:
         """One step over `runs`: [length, KV heads, group, D] of each. Lone tokens share a decode call, as
-        a runner would have it, unless `decode` is off."""
+        a runner would have it, unless `decode` is off. `tiles`: None for the cheapest of this machine."""
         shape, calls, rows = self.shape, [], []
+        tiles = tiles or tile_sizes(shape.group, shape.dim, shape.dtype)
         lone: list[tuple[int, Run]] = []
         at = 0
         spec = {"block_size": shape.block_size, "window": shape.window, "dtype": shape.dtype}
@@ -101,10 +109,12 @@ class Paged:
             else:
                 stop = run.start + run.length
                 table = self.tables[run.sequence][: -(-stop // shape.block_size)]
-                calls += chunk_calls(at, run.start, run.length, table, group=shape.group, **spec)
+                calls += chunk_calls(
+                    at, run.start, run.length, table, group=shape.group, tile=tiles.run, **spec
+                )
             at += run.length
         if lone:
-            calls.append(self._decode(lone, at, spec))
+            calls.append(self._decode(lone, at, spec | {"tile": tiles.single}))
         q = torch.cat(rows)
         width = shape.kv_heads // parts * shape.group * shape.dim
         out = torch.full((parts, q.shape[0], width), float("nan"), dtype=shape.dtype)
@@ -133,8 +143,8 @@ class Paged:
         return decode_call(rows, positions, table, **spec)
 
     def alone(self, sequence: int, position: int) -> torch.Tensor:
-        """One position by itself: [KV heads, group, D]."""
-        return self.attend([Run(sequence, position, 1)])[0][0]
+        """One position by itself, in the defining tile: [KV heads, group, D]."""
+        return self.attend([Run(sequence, position, 1)], tiles=DEFINING)[0][0]
 
     def plain(self, run: Run) -> torch.Tensor:
         """Softmax attention in float64, a query at a time: [length, KV heads, group, D]."""

@@ -13,10 +13,10 @@ from kernels.attention import (
     padded_blocks,
     paged_attention,
     tile_buffers,
-    tokens_per_tile,
+    tile_sizes,
 )
 from tests.bits import same_bits, torch_threads
-from tests.kernels.paged import Paged, Run, Shape
+from tests.kernels.paged import DEFINING, Paged, Run, Shape
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EDGES = (0, 1, 63, 64, 255, 256, 511, 512, 513, 1023, 1024, 1499)
@@ -50,17 +50,20 @@ def test_it_is_softmax_attention(shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 def test_a_position_has_the_same_bits_in_any_chunk(shape):
-    """Alone by decode, alone as a chunk, and inside chunks of many starts and lengths, on 1, 2, 4 threads."""
+    """Alone by decode, alone as a chunk, and inside chunks of many starts and lengths, on 1, 2, 4 threads,
+    in this machine's cheapest tiles and in the defining ones."""
     paged = Paged(shape, [1500])
     want = {position: paged.alone(0, position) for position in EDGES}
     cuts = [[(0, 1500)], [(0, 7), (7, 57), (64, 449), (513, 512), (1025, 475)], [(250, 263), (1000, 500)]]
     for threads, runs in zip((1, 2, 4), cuts, strict=True):
         with torch_threads(threads):
             for start, length in runs:
-                got = paged.attend([Run(0, start, length)])[0]
-                for position in EDGES:
-                    if start <= position < start + length:
-                        assert same_bits(got[position - start], want[position]), (position, start, length)
+                for tiles in (None, DEFINING):
+                    got = paged.attend([Run(0, start, length)], tiles=tiles)[0]
+                    for position in EDGES:
+                        if start <= position < start + length:
+                            where = (position, start, length, tiles)
+                            assert same_bits(got[position - start], want[position]), where
             for position in EDGES:
                 assert same_bits(paged.attend([Run(0, position, 1)], decode=False)[0][0], want[position])
 
@@ -154,14 +157,14 @@ def test_work_too_long_for_one_mask_is_cut(monkeypatch):
     paged = Paged(shape, [900])
     whole = paged.attend([Run(0, 0, 900)])[0]
     monkeypatch.setattr("kernels.attention._MASK_LIMIT", 16 * 512 * 3)
-    calls = chunk_calls(0, 0, 900, paged.tables[0], group=2, block_size=64, window=None, dtype=FP32)
+    calls = chunk_calls(0, 0, 900, paged.tables[0], group=2, tile=16, block_size=64, window=None, dtype=FP32)
     assert max(call.mask.numel() for call in calls) <= 16 * 1024 * 3
     assert same_bits(paged.attend([Run(0, 0, 900)])[0], whole)
 
 
 def test_rows_that_no_call_names_stay():
     paged = Paged(Shape(), [20])
-    calls = chunk_calls(3, 10, 5, paged.tables[0], group=4, block_size=64, window=None, dtype=BF16)
+    calls = chunk_calls(3, 10, 5, paged.tables[0], group=4, tile=16, block_size=64, window=None, dtype=BF16)
     q = torch.cat([paged.q[0][:3], paged.q[0][10:15], paged.q[0][:2]])
     out = torch.full((1, 10, 2 * 4 * 16), 9.0, dtype=BF16)
     paged_attention(q, paged.cache, calls, tile_buffers(calls, q.shape, BF16), 0.25, out)
@@ -169,14 +172,28 @@ def test_rows_that_no_call_names_stay():
     assert same_bits(out[0, 3:8].view(5, 2, 4, 16), paged.attend([Run(0, 10, 5)])[0])
 
 
+def test_tiles_that_change_bits_are_not_taken(monkeypatch):
+    """On a machine whose products depend on the number of rows, every tile has the defining size."""
+    import kernels.attention
+
+    plain = kernels.attention._attend
+    monkeypatch.setattr(
+        kernels.attention, "_attend", lambda q, k, v, mask: plain(q, k, v, mask) * (1 + q.shape[2] % 16)
+    )
+    assert tile_sizes(3, 64, BF16) == DEFINING
+    assert tile_sizes(3, 64, FP32) == DEFINING
+
+
 def test_one_chunk_call_list_covers_each_row_once():
     for group, start, length in [(1, 0, 1000), (3, 250, 20), (16, 511, 3), (32, 60, 10)]:
         table = torch.arange(-(-(start + length) // 64))
-        calls = chunk_calls(5, start, length, table, group=group, block_size=64, window=None, dtype=BF16)
+        tile = tile_sizes(group, 64, BF16).run
+        spec = {"block_size": 64, "window": None, "dtype": BF16}
+        calls = chunk_calls(5, start, length, table, group=group, tile=tile, **spec)
         rows = torch.cat([call.query[: call.keep] for call in calls]).tolist()
         assert rows == list(range(5, 5 + length))
         assert all(call.query.numel() == call.mask.shape[0] * call.tokens for call in calls)
-        assert all(call.tokens == tokens_per_tile(group) for call in calls)
+        assert all(call.tokens == tile // min(group, 16) for call in calls)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

@@ -45,6 +45,7 @@ def run(forward: Forward, tokens: Sequence[int], chunks: Sequence[int] | None = 
             length,
             blocks[: -(-(at + length) // BLOCK)],
             group=spec.heads // spec.kv_heads,
+            tile=16,
             block_size=BLOCK,
             window=spec.sliding_window,
             dtype=forward.shard.dtype,
