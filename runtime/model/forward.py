@@ -79,6 +79,9 @@ class Forward:
         no_ffn = [u.ffn[0] == u.ffn[1] for u in shard.units]
         self.sum_attention = UnitSum([False] * len(shard.units), comm, shard.dtype)
         self.sum_ffn = UnitSum(no_ffn, comm, shard.dtype)
+        # Dense products take whole tiles: the FFN's rows are then padded once, for all its products.
+        ffn_weights = [w for layer in shard.layers for call in layer.gate_up for w in call.columns.parts]
+        self.pads_ffn = not any(isinstance(w, Int4Weight) for w in ffn_weights)
         runs = rank_units(len(shard.units), comm.size)
         self.vocab_at = [shard.units[start].vocab[0] for start, _ in runs] + [spec.vocab]
 
@@ -87,7 +90,7 @@ class Forward:
         sampled rows."""
         shard, spec = self.shard, self.shard.spec
         m = batch.tokens.shape[0]
-        # Rows up to whole tiles, so that dense products need no padding of their own. Those past m stay 0.
+        # Rows up to whole tiles; those past m stay 0.
         residual = torch.zeros(-(-m // TILE) * TILE, spec.hidden)
         x = residual[:m]
         x.copy_(self._embed(batch.tokens))
@@ -105,11 +108,10 @@ class Forward:
             paged_attention(q, self.cache[index], batch.calls, buffers, self.scale, attended)
             partials = {first + u: linear(attended[u], w) for u, w in enumerate(layer.attention_output)}
             x += self.sum_attention(partials, m, spec.hidden)
-            h = rms_norm(residual, layer.ffn_norm, spec.norm_eps, shard.dtype)
+            h = rms_norm(residual if self.pads_ffn else x, layer.ffn_norm, spec.norm_eps, shard.dtype)
             partials = {}
             for call in layer.gate_up:
-                dense = not isinstance(call.columns.parts[0], Int4Weight)
-                y = columns(h if dense else h[:m], call.columns)[:m]
+                y = columns(h, call.columns)[:m]
                 pair = y.view(m, -1, 2, call.width).transpose(0, 1)
                 inner = torch.empty(pair.shape[0], m, call.width, dtype=shard.dtype)
                 silu_mul(pair[:, :, 0], pair[:, :, 1], out=inner)
