@@ -1,0 +1,104 @@
+"""A rank's process for the tests of exchanges: joins its peers, exchanges what it is told, says what it saw.
+
+    python -m tests.cluster.peer RANK SIZE TOKEN STORE SCRIPT
+
+Prints its address as one line of JSON, reads all addresses as one line, runs the script, prints "done" or
+the error. Scripts are the functions below.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from runtime.cluster.peers import PeerAddress, PeerListener, SocketCommunicator
+from runtime.errors import TramontaneError
+
+SIZES = (0, 1, 1000, 32 * 1024, 32 * 1024 + 1, 100_000, 256 * 1024, 256 * 1024 + 1, 1 << 20, 3_000_001)
+
+
+def payload(size: int, *key: int) -> torch.Tensor:
+    """Bytes that say who sent them, to whom, and in which round."""
+    seed = sum(k * 1009**i for i, k in enumerate(key, start=1))
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def expect(got: torch.Tensor, size: int, *key: int) -> None:
+    if not torch.equal(got, payload(size, *key)):
+        raise AssertionError(f"{key}: {size} bytes did not come as they were sent")
+
+
+def exchange(comm: SocketCommunicator) -> None:
+    """All four operations, in every size and in sizes that differ from rank to rank, many times over."""
+    rank, size, ranks = comm.rank, comm.size, range(comm.size)
+    mixes = [[n] * size for n in SIZES]
+    chosen = torch.Generator().manual_seed(5)
+    for _ in range(40):
+        picks = torch.randint(0, len(SIZES), (size,), generator=chosen).tolist()
+        mixes.append([SIZES[pick] for pick in picks])
+    for turn, sizes in enumerate(mixes):
+        got = comm.all_gather(payload(sizes[rank], turn, rank), sizes)
+        for peer in ranks:
+            expect(got[peer], sizes[peer], turn, peer)
+        out = [payload(sizes[rank] // 2, turn, rank, peer) for peer in ranks]
+        got = comm.all_to_all(out, [n // 2 for n in sizes])
+        for peer in ranks:
+            expect(got[peer], sizes[peer] // 2, turn, peer, rank)
+        gathered = comm.gather(payload(sizes[rank], turn, rank), sizes)
+        if rank == 0:
+            for peer in ranks:
+                expect(gathered[peer], sizes[peer], turn, peer)
+        elif gathered is not None:
+            raise AssertionError("only rank 0 gathers")
+        mine = payload(sizes[0], turn) if rank == 0 else None
+        expect(comm.broadcast(mine, sizes[0]), sizes[0], turn)
+
+
+def lose(size: int) -> Callable[[SocketCommunicator], None]:
+    """The last rank leaves; the others find out in the middle of an exchange of this size."""
+
+    def script(comm: SocketCommunicator) -> None:
+        sizes = [size] * comm.size
+        comm.all_gather(payload(size, comm.rank), sizes)
+        if comm.rank == comm.size - 1:
+            sys.exit(9)
+        started = time.monotonic()
+        try:
+            for _ in range(100):
+                comm.all_gather(payload(size, comm.rank), sizes)
+        finally:
+            print(json.dumps({"noticed": time.monotonic() - started}), flush=True)
+
+    return script
+
+
+SCRIPTS = {
+    "exchange": exchange,
+    "lose small": lose(1000),
+    "lose middle": lose(100_000),
+    "lose large": lose(1 << 20),
+}
+
+
+def main() -> None:
+    rank, size, token, store, script = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]
+    torch.set_num_threads(1)
+    listener = PeerListener("127.0.0.1", token)
+    print(json.dumps([listener.address.host, listener.address.port]), flush=True)
+    addresses = [PeerAddress(*address) for address in json.loads(sys.stdin.readline())]
+    assert len(addresses) == size
+    comm = SocketCommunicator(rank, addresses, listener, token, store)
+    try:
+        SCRIPTS[script](comm)
+        print("done", flush=True)
+    except TramontaneError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+    comm.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""Ranks and engine as Ray actors: the same replies, the share and no more, and an end to everything."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runtime.config import EngineConfig, ModelConfig, ParallelConfig, ServeConfig
+from runtime.errors import BadModelFile, InvalidArgument, TramontaneError, Unavailable
+from runtime.types import Finished, FinishReason
+from tests.replies import ask, ask_all, greedy
+from tests.rule.engines import assert_same, plain_replies
+from tests.rule.requests import named, others, requests
+from tests.support import REPOSITORY
+
+pytestmark = pytest.mark.cluster
+
+CONTEXT = 256
+SHAPE = {
+    "types": {"*": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q3_K", "ffn_gate": "Q8_0"},
+    "heads": 16,
+    "kv_heads": 8,
+    "head_dim": 16,
+    "hidden": 256,
+    "ffn": 1280,
+    "context": CONTEXT,
+}
+REQUESTS = requests(384, CONTEXT, longest=20)
+
+
+@contextlib.contextmanager
+def cluster(path: Path, tp: int, *, max_model_len: int | None = None, **settings) -> Iterator:
+    from runtime.cluster.launch import Cluster
+
+    made = Cluster(
+        ServeConfig(
+            ModelConfig(str(path), max_model_len=max_model_len),
+            EngineConfig(**settings),
+            ParallelConfig(tp=tp, threads=1),
+        )
+    )
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def talk(made, body: Callable, limit: float = 120) -> object:
+    async def main():
+        channel = await made.connect()
+        try:
+            async with asyncio.timeout(limit):
+                return await body(channel)
+        finally:
+            await channel.close()
+
+    return asyncio.run(main())
+
+
+def gone(pid: int, seconds: float = 15) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.fixture(scope="module")
+def path(tiny) -> Path:
+    return tiny(**SHAPE)
+
+
+@pytest.fixture(scope="module")
+def plain(path):
+    return plain_replies(path, REQUESTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_replies_are_those_of_one_plain_process(local_ray, path, plain, tp):
+    """Alone and in company, cold and warm, cut and whole: ranks on Ray change no bit."""
+    with cluster(path, tp, block_size=16, max_chunk=50, max_num_seqs=40) as made:
+        assert made.info.tp == len(made.reports) == tp
+        assert len(set(made.rank_pids)) == tp and os.getpid() not in made.rank_pids
+
+        async def body(channel):
+            together = await ask_all(channel, [*REQUESTS, *others(384, CONTEXT, 16)])
+            alone = [(await ask(channel, request))[0] for request in named(REQUESTS[:4], ".alone")]
+            load = await channel.load()
+            assert load.prefix_hit_tokens > 0 and load.running == 0
+            return together[: len(REQUESTS)], alone
+
+        together, alone = talk(made, body)
+        assert_same(together, plain)
+        assert_same(alone, plain[:4])
+        assert made.check() is None
+        pids = made.rank_pids
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_each_rank_reads_and_keeps_its_share(local_ray, tiny):
+    """As the actors themselves count: three ranks over eight units, uneven, within 15%."""
+    path = tiny(**{**SHAPE, "types": "Q4_0", "hidden": 512, "vocab": 16384, "ffn": 2048})
+    with cluster(path, 1) as alone:
+        [whole], [kept] = alone.reports, alone.memory()
+    with cluster(path, 3) as made:
+        memory = made.memory()
+        for report, part, units in zip(made.reports, memory, (3, 3, 2), strict=True):
+            share = units / 8
+            assert report.bytes_read <= 1.15 * share * whole.bytes_read
+            assert report.weight_bytes == part["weights"] <= 1.15 * share * kept["weights"]
+            assert part["kv"] == pytest.approx(
+                share * kept["kv"] * made.info.total_blocks / alone.info.total_blocks
+            )
+            check_memory(report, part)
+        assert sum(report.bytes_read for report in made.reports) >= whole.bytes_read
+
+
+def check_memory(report, part: dict[str, int]) -> None:
+    assert part["resident"] <= 2 * report.bytes_read + part["kv"] + (450 << 20), part
+
+
+@pytest.mark.slow
+def test_smollm2_on_two_ranks(local_ray, smollm2):
+    """A real model: what it says, what each rank holds, and how much memory it takes."""
+    from runtime.tokenizer import load_tokenizer
+    from runtime.weights.gguf import read_gguf
+
+    tokenizer = load_tokenizer(read_gguf(str(smollm2)).metadata)
+    prompt = tokenizer.encode(
+        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+        parse_special=True,
+    )
+    [end] = tokenizer.encode("<|im_end|>", parse_special=True)
+    with cluster(smollm2, 2, max_model_len=512, max_num_seqs=4) as made:
+        reply, _ = talk(made, lambda channel: ask(channel, greedy("r", prompt, 30, (end,), logprobs=0)))
+        assert tokenizer.decode([t for t in reply.tokens if t != end]).startswith(
+            "The capital of France is Paris."
+        )
+        size = smollm2.stat().st_size
+        for report, part, units in zip(made.reports, made.memory(), (2, 1), strict=True):
+            assert report.bytes_read <= 1.15 * size * units / 3
+            check_memory(report, part)
+    want = plain_replies(smollm2, [greedy("r", prompt, 30, (end,), logprobs=0)])
+    assert_same([reply], want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_every_stream_at_once(local_ray, path, victim):
+    with cluster(path, 2) as made:
+        pids = made.rank_pids
+
+        async def body(channel):
+            tasks = [asyncio.create_task(ask(channel, greedy(f"r{i}", (1, i), 250))) for i in range(4)]
+            while (await channel.load()).running < 4:
+                await asyncio.sleep(0.01)
+            started = time.monotonic()
+            os.kill(pids[victim], signal.SIGKILL)
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            assert time.monotonic() - started < 5
+            for end in ends:
+                if isinstance(end, tuple):
+                    assert end[1].reason is FinishReason.ERROR and end[1].detail
+                else:
+                    assert isinstance(end, Unavailable), end
+            assert await asyncio.wait_for(channel.wait_lost(), 5)
+            with pytest.raises(Unavailable):
+                await ask(channel, greedy("later", (1,), 5))
+
+        talk(made, body, limit=30)
+        started = time.monotonic()
+        made.close()
+        assert time.monotonic() - started < 15
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_missed(local_ray, path):
+    """A rank that neither computes nor hangs up is noticed by its silence."""
+    with cluster(path, 2) as made:
+        pids = made.rank_pids
+
+        async def body(channel):
+            task = asyncio.create_task(ask(channel, greedy("r", (1, 2), 250)))
+            while (await channel.load()).running < 1:
+                await asyncio.sleep(0.01)
+            os.kill(pids[1], signal.SIGSTOP)
+            started = time.monotonic()
+            with contextlib.suppress(Unavailable):
+                _, end = await task
+                assert isinstance(end, Finished) and end.reason is FinishReason.ERROR
+            assert time.monotonic() - started < 15
+
+        try:
+            talk(made, body, limit=40)
+        finally:
+            os.kill(pids[1], signal.SIGCONT)
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_is_noticed(local_ray, path):
+    import ray
+
+    with cluster(path, 2) as made:
+        pids = made.rank_pids
+
+        async def body(channel):
+            task = asyncio.create_task(ask(channel, greedy("r", (1, 2), 250)))
+            while (await channel.load()).running < 1:
+                await asyncio.sleep(0.01)
+            ray.kill(made._engine, no_restart=True)
+            with pytest.raises(Unavailable):
+                await asyncio.wait_for(task, 10)
+
+        talk(made, body, limit=30)
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("tp", [0, -1, 9])
+def test_a_wrong_tp_is_refused_before_anything_starts(path, tp):
+    """No Ray is needed to say so."""
+    started = time.monotonic()
+    with pytest.raises(InvalidArgument, match=rf"^tp: {tp} .* 1 to 8$"), cluster(path, tp):
+        pass
+    assert time.monotonic() - started < 5
+
+
+def test_a_bad_file_is_refused_before_anything_starts(path, tmp_path):
+    bad = tmp_path / "cut.gguf"
+    bad.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(BadModelFile, match=r"cut\.gguf"), cluster(bad, 2):
+        pass
+
+
+def actor_count() -> int:
+    """Ray's workers of ours that live."""
+    names = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"]]
+    return sum("RankActor" in " ".join(name) or "EngineActor" in " ".join(name) for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_model_len": 100_000}, {"block_size": 48}, {"total_blocks": 1 << 40, "max_num_seqs": 1 << 40}],
+    ids=str,
+)
+def test_what_ranks_cannot_do_is_one_error_and_leaves_nothing(local_ray, path, settings):
+    before, started = actor_count(), time.monotonic()
+    with pytest.raises(TramontaneError) as caught, cluster(path, 2, **settings):
+        pass
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    assert time.monotonic() - started < 60
+    end = time.monotonic() + 15
+    while actor_count() > before and time.monotonic() < end:
+        time.sleep(0.2)
+    assert actor_count() <= before
+
+
+@pytest.mark.slow
+def test_a_cluster_with_its_own_ray_leaves_no_process(path, tmp_path):
+    """In a process of its own: start, answer, close; then nothing of it lives, and no file is left."""
+    script = textwrap.dedent(
+        """
+        import asyncio, json, os, psutil, sys, tempfile, time
+        from pathlib import Path
+        from runtime.cluster.launch import Cluster
+        from runtime.config import EngineConfig, ModelConfig, ParallelConfig, ServeConfig
+        from runtime.types import Finished, Request, SamplingParams
+
+        def ours():
+            return {str(p) for p in Path(tempfile.gettempdir()).glob("tramontane-*")}
+
+        before, said = ours(), []
+        config = ServeConfig(ModelConfig(sys.argv[1]), EngineConfig(), ParallelConfig(tp=2, threads=1))
+        made = Cluster(config, progress=said.append)
+        started = psutil.Process().children(recursive=True)
+        assert len(started) > 3 and said, (started, said)
+
+        async def main():
+            channel = await made.connect()
+            params = SamplingParams(max_tokens=4, temperature=0.0, seed=0)
+            last = [o async for o in channel.generate(Request("r", (1, 2), params))][-1]
+            assert isinstance(last, Finished) and last.completion_tokens == 4
+            await channel.close()
+
+        asyncio.run(main())
+        made.close()
+        made.close()
+        _, alive = psutil.wait_procs(started, timeout=15)
+        print(json.dumps({"alive": [p.name() for p in alive], "left": sorted(ours() - before)}))
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        cwd=REPOSITORY,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        },
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines()[-1] == '{"alive": [], "left": []}'
