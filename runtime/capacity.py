@@ -37,20 +37,20 @@ def kv_blocks(
     largest_run = -(-units // parallel.tp)
     block_bytes = opened.kv_bytes_per_position * largest_run * block // units
     for_one = -(-context // block)
+    free = psutil.virtual_memory().available
     if parallel.kv_memory is not None:
         blocks = parallel.kv_memory // block_bytes
         if blocks < 1:
             raise NotEnough(f"--kv-memory: one block of {block} positions takes {block_bytes:,} bytes a rank")
     else:
-        free = psutil.virtual_memory().available
         spare = min(DEFAULT_CAP, int(free * DEFAULT_SHARE) // parallel.tp)
         blocks = max(spare // block_bytes, for_one)
-        if blocks * block_bytes * parallel.tp > free:
-            raise NotEnough(
-                f"a context of {context} tokens takes {blocks * block_bytes * parallel.tp / 2**30:.1f} GiB "
-                f"of KV and {free / 2**30:.1f} GiB are free: give a smaller --max-model-len, or --kv-memory"
-            )
     if engine.total_blocks:
         blocks = engine.total_blocks
     blocks = min(blocks, for_one * engine.max_num_seqs)  # more can never be used at once
+    if blocks * block_bytes * parallel.tp > free:
+        raise NotEnough(
+            f"{blocks} KV blocks of {block} tokens take {blocks * block_bytes * parallel.tp / 2**30:.1f} GiB "
+            f"and {free / 2**30:.1f} GiB are free: give a smaller --max-model-len or --kv-memory"
+        )
     return replace(engine, total_blocks=blocks, max_model_len=min(context, blocks * block))

@@ -16,6 +16,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from runtime.capacity import kv_blocks
 from runtime.cluster.actors import EngineActor, RankActor, RankReport
 from runtime.config import ServeConfig
 from runtime.errors import NotEnough, TramontaneError, Unavailable
@@ -43,6 +44,8 @@ class Cluster:
         say = progress or (lambda text: None)
         opened = open_model(config.model)
         rank_units(len(opened.units), config.parallel.tp)
+        if ray_address is None:  # this host's memory is the ranks'; elsewhere they judge by their own
+            kv_blocks(opened, config.engine, config.parallel, config.model.max_model_len)
         self._started_ray = False
         self._group = None
         self._engine = None
@@ -63,7 +66,7 @@ class Cluster:
             infos = [replace(r.info, total_blocks=blocks, rank_nodes=nodes) for r in self.reports]
             self.info = _agreed(infos)
             self._runs = [rank.run.remote(settled, *self._address) for rank in self._ranks]
-            ray.get(self._engine.serve.remote(settled, self.info))
+            self._wait_joined(self._engine.serve.remote(settled, self.info))
             say("first forward step")
             asyncio.run(self._prove())
         except BaseException as error:
@@ -155,12 +158,29 @@ class Cluster:
     def _load(self, config: ServeConfig) -> list[RankReport]:
         addresses = ray.get([rank.address.remote() for rank in self._ranks])
         store = os.path.join(self._folder, "gloo")
-        return ray.get(
-            [
-                rank.load.remote(config.model, config.engine, config.parallel, addresses, store)
-                for rank in self._ranks
-            ]
-        )
+        loads = [
+            rank.load.remote(config.model, config.engine, config.parallel, addresses, store)
+            for rank in self._ranks
+        ]
+        reports: dict[ray.ObjectRef, RankReport] = {}
+        pending = loads
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1)
+            try:
+                reports[done[0]] = ray.get(done[0])
+            except (ray.exceptions.RayError, TramontaneError):
+                for load in pending:  # errors that nobody fetches, Ray prints by itself
+                    with contextlib.suppress(ray.exceptions.RayError, TramontaneError):
+                        ray.get(load, timeout=2)
+                raise
+        return [reports[load] for load in loads]
+
+    def _wait_joined(self, serving: ray.ObjectRef) -> None:
+        """Wait until the engine has all its ranks, or one of them has ended instead."""
+        done, _ = ray.wait([serving, *self._runs], num_returns=1)
+        reason = ray.get(done[0])
+        if done[0] != serving:
+            raise Unavailable(f"a rank ended before it served: {reason}")
 
     async def _prove(self) -> None:
         """One token through gateway channel, engine and every rank."""
