@@ -19,7 +19,7 @@ _HASHED = ("model", "sampling", "weights")
 
 
 def numerics_name(*, dtype: torch.dtype, dense: frozenset[str], units: int, quantize: str | None) -> str:
-    """For example `cpu.avx512-amx/torch2.13.0/5f0c9a1d/bf16.kv-bf16.int4+gate_up/u3`:
+    """For example `cpu.avx512-amx/torch2.13.0/5f0c9a1d/bf16.kv-bf16.int4+down/u3`:
     weights in int4 where the operator takes them, but for the roles named after the `+`, which are bf16."""
     kind = "bf16" if dtype == torch.bfloat16 else "fp32"
     weights = "fp32" if kind == "fp32" else "+".join(["int4", *sorted(dense)])
