@@ -3,7 +3,7 @@
 What a row's bits are is defined by one call: 16 query rows of one KV head, KV padded to a multiple of 64
 (bf16) or of 512 (fp32), an additive mask. Called so, torch's CPU kernel gives a row the same bits whatever
 else stands in the tile, the batch or the padding (docs/numerics.md); called with any number of queries it
-does not. In bf16, tiles of 1 to 32 rows turn out to give the bits of 16. Where a comparison at start-up shows
+does not. In bf16, tiles of 2 to 32 rows turn out to give the bits of 16. Where a comparison at start-up shows
 that they do (`tile_sizes`), single tokens go without padding rows, and prompts in tiles of 32.
 The kernel reduces KV in segments of 512 absolute positions, in order; its fp32 products also depend on how
 long the last segment is, hence the coarser padding.
@@ -47,20 +47,25 @@ class TileSizes:
 def tile_sizes(group: int, dim: int, dtype: torch.dtype) -> TileSizes:
     """The cheapest tiles that give the bits of 16 rows, for `group` query heads a KV head of `dim` channels.
 
-    Which products torch calls for follows from shapes, not from values, so a comparison over random ones
-    settles it. The result may differ between machines; the bits do not."""
+    Which products torch calls for follows from shapes, not from values, so a comparison settles it, given
+    values that show any other order of sums: keys in equal pairs whose values cancel, so that the result is
+    nothing but the rounding of the sums on the way. A lone row is never taken: it is a vector product, which
+    sums in another order. The result may differ between machines; the bits do not."""
     packed = group // _head_split(group)
-    wide = TileSizes(packed, WIDE // packed * packed)
+    wide = TileSizes(max(2, packed), WIDE // packed * packed)
     if dtype != torch.bfloat16:
         return TileSizes(TILE, TILE)
     draw = torch.Generator().manual_seed(0)
+    halves = (slice(0, TILE), slice(TILE, WIDE))
     for length in (64, 192, 512, 1088):
-        q, k, v = (torch.randn(2, 3, n, dim, generator=draw).to(dtype) for n in (WIDE, length, length))
-        mask = _additive(torch.rand(2, 1, WIDE, length, generator=draw) < 0.7, dtype)
-        mask[..., 0] = 0
-        defined = torch.cat(
-            [_attend(q[:, :, i : i + TILE], k, v, mask[:, :, i : i + TILE]) for i in (0, TILE)], 2
-        )
+        order = torch.randperm(length // 2, generator=draw)
+        q = torch.randn(2, 3, WIDE, dim, generator=draw).to(dtype)
+        k, v = (torch.randn(2, 3, length // 2, dim, generator=draw).to(dtype) for _ in range(2))
+        k, v = torch.cat((k, k[:, :, order]), dim=2), torch.cat((v, -v[:, :, order]), dim=2)
+        seen = torch.rand(2, 1, WIDE, length // 2, generator=draw) < 0.7
+        seen[..., 0] = True
+        mask = _additive(torch.cat((seen, seen[..., order]), dim=3), dtype)
+        defined = torch.cat([_attend(q[:, :, rows], k, v, mask[:, :, rows]) for rows in halves], dim=2)
         for rows in {wide.single, wide.run}:
             if not torch.equal(_attend(q[:, :, :rows], k, v, mask[:, :, :rows]), defined[:, :, :rows]):
                 return TileSizes(TILE, TILE)

@@ -72,14 +72,22 @@ class Packer:
         """Dense bf16 pieces as one weight if a product with it equals the pieces' own products bit for bit.
 
         The order in which an element is summed follows from shapes, not from values, so one comparison
-        over a few thousand random elements settles a shape."""
+        settles a shape, given values that show any other order: here every product meets its opposite, so
+        that a result is nothing but the rounding of the sums on the way."""
         if len(pieces) < 2:
             return [pack_bf16(piece) for piece in pieces]
         shapes = tuple(piece.shape for piece in pieces)
         if shapes not in self._fusible:
-            x = torch.randn(TILE, pieces[0].shape[1], generator=torch.Generator().manual_seed(0))
-            x = x.to(torch.bfloat16)
-            probes = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for p in pieces]
+            draw = torch.Generator().manual_seed(0)
+            half = pieces[0].shape[1] // 2
+            order = torch.randperm(half, generator=draw)
+            rest = torch.zeros(1, pieces[0].shape[1] - 2 * half)
+            x = torch.randn(TILE, half, generator=draw)
+            x = torch.cat((x, x[:, order], rest.expand(TILE, -1)), dim=1).to(torch.bfloat16)
+            probes = []
+            for piece in pieces:
+                w = torch.randn(piece.shape[0], half, generator=draw)
+                probes.append(torch.cat((w, -w[:, order], rest.expand(len(w), -1)), dim=1))
             apart = torch.cat([linear(x, pack_bf16(probe)) for probe in probes], dim=1)
             self._fusible[shapes] = torch.equal(apart, linear(x, pack_bf16(torch.cat(probes))))
         if self._fusible[shapes]:
