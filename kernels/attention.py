@@ -53,8 +53,13 @@ def tile_sizes(group: int, dim: int, dtype: torch.dtype) -> TileSizes:
     sums in another order. The result may differ between machines; the bits do not."""
     packed = group // _head_split(group)
     wide = TileSizes(max(2, packed), WIDE // packed * packed)
-    if dtype != torch.bfloat16:
-        return TileSizes(TILE, TILE)
+    if dtype == torch.bfloat16 and all(_gives_bits_of_16(n, dim) for n in (wide.single, wide.run)):
+        return wide
+    return TileSizes(TILE, TILE)
+
+
+def _gives_bits_of_16(rows: int, dim: int) -> bool:
+    dtype = torch.bfloat16
     draw = torch.Generator().manual_seed(0)
     halves = (slice(0, TILE), slice(TILE, WIDE))
     for length in (64, 192, 512, 1088):
@@ -66,10 +71,9 @@ def tile_sizes(group: int, dim: int, dtype: torch.dtype) -> TileSizes:
         seen[..., 0] = True
         mask = _additive(torch.cat((seen, seen[..., order]), dim=3), dtype)
         defined = torch.cat([_attend(q[:, :, rows], k, v, mask[:, :, rows]) for rows in halves], dim=2)
-        for rows in {wide.single, wide.run}:
-            if not torch.equal(_attend(q[:, :, :rows], k, v, mask[:, :, :rows]), defined[:, :, :rows]):
-                return TileSizes(TILE, TILE)
-    return wide
+        if not torch.equal(_attend(q[:, :, :rows], k, v, mask[:, :, :rows]), defined[:, :, :rows]):
+            return False
+    return True
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -77,7 +81,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 
 
 def padded_blocks(positions: int, block_size: int, dtype: torch.dtype) -> int:
-    """Blocks that hold `positions` positions after padding. block_size divides 64 or is a multiple of it."""
+    """Blocks that hold `positions` positions after padding. block_size divides 512 or is a multiple of it."""
     pad = max(KV_PAD[dtype], block_size)
     return -(-positions // pad) * pad // block_size
 

@@ -20,6 +20,7 @@ from kernels.attention import (
     tile_sizes,
 )
 from tests.bits import random
+from tests.cancel import cancel_values
 
 DEFINING = TileSizes(TILE, TILE)  # the tiles whose bits every other size must give
 
@@ -51,7 +52,8 @@ class Paged:
     """Sequences whose q, k and v are random, k and v laid out over scattered blocks.
 
     Positions that no sequence wrote hold `garbage`: what an earlier owner of the block left behind.
-    `layout` seeds the order of blocks; None keeps each sequence's blocks side by side."""
+    `layout` seeds the order of blocks; None keeps each sequence's blocks side by side. `cancel`: the values
+    of the first sequence's first so many positions cancel (see tests/cancel.py)."""
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class Paged:
         seed: int = 0,
         layout: int | None = 0,
         garbage: float = 0.0,
+        cancel: int = 0,
     ):
         self.shape, self.lengths = shape, lengths
         heads = (shape.kv_heads, shape.dim)
@@ -70,6 +73,7 @@ class Paged:
         ]
         self.k = [random(seed + 3 * i + 1, n, *heads, dtype=shape.dtype) for i, n in enumerate(lengths)]
         self.v = [random(seed + 3 * i + 2, n, *heads, dtype=shape.dtype) for i, n in enumerate(lengths)]
+        cancel_values(self.k[0], self.v[0], cancel)
         size = shape.block_size
         counts = [-(-n // size) for n in lengths]
         total = sum(counts) + 3

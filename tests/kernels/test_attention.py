@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,6 +68,29 @@ def test_a_position_has_the_same_bits_in_any_chunk(shape):
                             assert same_bits(got[position - start], want[position]), where
             for position in EDGES:
                 assert same_bits(paged.attend([Run(0, position, 1)], decode=False)[0][0], want[position])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+@pytest.mark.parametrize("last", [5, 63, 64, 300, 511, 700])
+def test_not_even_the_rounding_knows_the_call(shape, last):
+    """Values that cancel, so that the result is how the sum was made: by decode or in a chunk, alone or beside
+    longer sequences, read in place or gathered, in the defining tile or the cheapest."""
+    plain = replace(shape, window=None)
+    paged = Paged(plain, [last + 1, 1100], cancel=last + 1)
+    want = paged.alone(0, last)
+    assert want.abs().max() < 0.1
+    here = Run(0, last, 1)
+    for threads in (1, 2):
+        with torch_threads(threads):
+            for got in (
+                paged.attend([here])[0][0],
+                paged.attend([here], decode=False)[0][0],
+                paged.attend([Run(1, 1050, 1), here])[1][0],
+                paged.attend([Run(0, 0, last + 1)])[0][last],
+                paged.attend([Run(1, 3, 30), Run(0, max(0, last - 40), min(41, last + 1))])[1][-1],
+                Paged(plain, [last + 1, 1100], cancel=last + 1, layout=None).attend([here])[0][0],
+            ):
+                assert same_bits(got, want)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
@@ -182,6 +207,15 @@ def test_tiles_that_change_bits_are_not_taken(monkeypatch):
     )
     assert tile_sizes(3, 64, BF16) == DEFINING
     assert tile_sizes(3, 64, FP32) == DEFINING
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="seen on processors with AMX")
+def test_the_comparison_sees_what_random_values_hide():
+    """A lone row is summed in another order, which bf16 results show in one element of thousands."""
+    from kernels.attention import _gives_bits_of_16
+
+    assert _gives_bits_of_16(16, 64) and _gives_bits_of_16(2, 64)
+    assert not _gives_bits_of_16(1, 64)
 
 
 def test_one_chunk_call_list_covers_each_row_once():

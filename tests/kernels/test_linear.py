@@ -15,6 +15,7 @@ from kernels.linear import (
     pack_int4,
 )
 from tests.bits import random, same_bits, torch_threads
+from tests.cancel import cancelling_product
 
 ROWS = (1, 2, 8, 15, 16, 17, 64, 256)
 # Shapes (N, K) that models have: a unit's share of something, of SmolLM2 and of stories260K; the ends of
@@ -59,6 +60,34 @@ def test_a_row_does_not_know_its_batch(kind, n, k, group):
                 assert same_bits(y[at], alone[order[at]]), (m, threads)
     with torch_threads(2):
         assert same_bits(linear(x[:40].contiguous(), weight), alone)
+
+
+def cancelling(kind: str, n: int, k: int) -> tuple[torch.Tensor, Weight]:
+    """17 rows and a weight whose products are nothing but rounding: see tests/cancel.py."""
+    x, w = cancelling_product(17, n, k, codes=kind == "int4")
+    if kind == "fp32":
+        return x, pack_fp32(w)
+    if kind == "bf16":
+        return x.bfloat16(), pack_bf16(w)
+    scales = torch.full((n, k // 32), 0.125)
+    return x.bfloat16(), pack_int4((w + 8).to(torch.uint8), scales, -8 * scales, 32)
+
+
+@pytest.mark.parametrize("kind", ["int4", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(16, 64), (48, 576), (192, 1536), (16, 2048), (64, 2048), (128, 4096), (576, 1536), (32, 14336)],
+)
+def test_not_even_the_rounding_knows_batch_or_threads(kind, n, k):
+    """Up to the threads of a large machine: some libraries share out a long K where N is small for them."""
+    x, weight = cancelling(kind, n, k)
+    with torch_threads(1):
+        alone = torch.cat([linear(x[i : i + 1], weight) for i in range(17)])
+    assert (alone != 0).double().mean() > 0.5 or kind == "int4"
+    for threads in (1, 2, 3, 4, 8, 16):
+        with torch_threads(threads):
+            assert same_bits(linear(x, weight), alone), threads
+            assert same_bits(linear(x.flip(0), weight).flip(0), alone), threads
 
 
 def test_a_long_fp32_row_does_not_know_its_batch():
