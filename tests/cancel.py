@@ -34,8 +34,8 @@ def cancelling_product(
 
 
 def cancel_values(k: torch.Tensor, v: torch.Tensor, count: int, seed: int = 0) -> None:
-    """Make keys of the first `count` positions [L, heads, D] come in pairs, with opposite values: attention of
-    the query at position count - 1 is then zero."""
+    """Make keys of the first `count` positions [L, heads, D] come in pairs, with opposite values: attention
+    of the query at position count - 1 is then zero."""
     first, second = _pairs(count, seed)
     k[second], v[second] = k[first], -v[first]
     if count % 2:

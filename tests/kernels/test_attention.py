@@ -71,12 +71,12 @@ def test_a_position_has_the_same_bits_in_any_chunk(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
-@pytest.mark.parametrize("last", [5, 63, 64, 300, 511, 700])
+@pytest.mark.parametrize("last", [63, 700])
 def test_not_even_the_rounding_knows_the_call(shape, last):
-    """Values that cancel, so that the result is how the sum was made: by decode or in a chunk, alone or beside
-    longer sequences, read in place or gathered, in the defining tile or the cheapest."""
+    """Values that cancel, so that the result is how the sum was made: by decode or in a chunk, alone or
+    beside longer sequences, read in place or gathered, in the defining tile or the cheapest."""
     plain = replace(shape, window=None)
-    paged = Paged(plain, [last + 1, 1100], cancel=last + 1)
+    paged = Paged(plain, [last + 1, 800], cancel=last + 1)
     want = paged.alone(0, last)
     assert want.abs().max() < 0.1
     here = Run(0, last, 1)
@@ -85,10 +85,10 @@ def test_not_even_the_rounding_knows_the_call(shape, last):
             for got in (
                 paged.attend([here])[0][0],
                 paged.attend([here], decode=False)[0][0],
-                paged.attend([Run(1, 1050, 1), here])[1][0],
+                paged.attend([Run(1, 770, 1), here])[1][0],
                 paged.attend([Run(0, 0, last + 1)])[0][last],
                 paged.attend([Run(1, 3, 30), Run(0, max(0, last - 40), min(41, last + 1))])[1][-1],
-                Paged(plain, [last + 1, 1100], cancel=last + 1, layout=None).attend([here])[0][0],
+                Paged(plain, [last + 1, 800], cancel=last + 1, layout=None).attend([here])[0][0],
             ):
                 assert same_bits(got, want)
 
