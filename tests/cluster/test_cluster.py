@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig, ServeConfig
-from runtime.errors import BadModelFile, InvalidArgument, TramontaneError, Unavailable
+from runtime.errors import BadModelFile, InvalidArgument, NotFound, TramontaneError, Unavailable
 from runtime.types import Finished, FinishReason
 from tests.replies import ask, ask_all, greedy
 from tests.rule.engines import assert_same, plain_replies
@@ -250,28 +250,74 @@ def test_a_bad_file_is_refused_before_anything_starts(path, tmp_path):
         pass
 
 
-def actor_count() -> int:
-    """Ray's workers of ours that live."""
-    names = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"]]
-    return sum("RankActor" in " ".join(name) or "EngineActor" in " ".join(name) for name in names)
+def actors() -> list[psutil.Process]:
+    """Our actors' processes below this one that live."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "Actor" in " ".join(process.cmdline()[:1]):
+                found.append(process)
+    return found
+
+
+def none_left(seconds: float = 15) -> bool:
+    end = time.monotonic() + seconds
+    while actors() and time.monotonic() < end:
+        time.sleep(0.2)
+    return not actors()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"max_model_len": 100_000}, "max-model-len"),
+        ({"block_size": 48}, "block-size"),
+        ({"total_blocks": 1 << 40, "max_num_seqs": 1 << 40}, "free"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_refused_before_anything_starts(path, settings, named):
+    with pytest.raises(TramontaneError, match=named), cluster(path, 2, **settings):
+        pass
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings",
-    [{"max_model_len": 100_000}, {"block_size": 48}, {"total_blocks": 1 << 40, "max_num_seqs": 1 << 40}],
-    ids=str,
+    ("how", "when"),
+    [
+        ("the file goes", "starting 2 rank(s)"),
+        ("the file goes", "loading weights"),
+        ("a rank goes", "loading weights"),
+        ("a rank goes", "first forward step"),
+    ],
 )
-def test_what_ranks_cannot_do_is_one_error_and_leaves_nothing(local_ray, path, settings):
-    before, started = actor_count(), time.monotonic()
-    with pytest.raises(TramontaneError) as caught, cluster(path, 2, **settings):
-        pass
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
-    assert time.monotonic() - started < 60
-    end = time.monotonic() + 15
-    while actor_count() > before and time.monotonic() < end:
-        time.sleep(0.2)
-    assert actor_count() <= before
+def test_what_fails_on_the_way_up_is_one_error_and_leaves_nothing(
+    local_ray, path, tmp_path, capfd, how, when
+):
+    from runtime.cluster.launch import Cluster
+
+    model, seen = tmp_path / "model.gguf", []
+    model.write_bytes(path.read_bytes())
+    assert none_left()
+
+    def progress(said: str) -> None:
+        seen.append(said)
+        if said == when:
+            ranks = [process for process in actors() if "RankActor" in " ".join(process.cmdline())]
+            if how == "the file goes":
+                model.unlink()
+            else:
+                ranks[-1].kill()
+
+    started = time.monotonic()
+    config = ServeConfig(ModelConfig(str(model)), EngineConfig(), ParallelConfig(tp=2, threads=1))
+    with pytest.raises(NotFound if how == "the file goes" else Unavailable) as caught:
+        Cluster(config, progress=progress)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert when in seen
+    assert time.monotonic() - started < 40
+    assert none_left()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.slow
