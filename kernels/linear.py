@@ -5,7 +5,8 @@ The rule of rows on a CPU stands on measured behaviour of torch's operators (doc
 * `_weight_int4pack_mm_for_cpu` computes rows and columns independently of each other, so it takes any number
   of rows, and columns of several units in one call.
 * A dense bf16 product is called with exactly 16 rows, padded, so that one kernel with one order of K serves
-  every batch. Its columns are those of one unit, whoever holds it.
+  every batch. Its columns are those of one unit, whoever holds it. From K = 1536 on, oneDNN splits K among
+  threads where N is small, so K is cut into chunks of 1024, each rounded to bf16 and added in fp32, in order.
 * A dense fp32 product is called likewise and its K is cut into chunks of 256, added in order.
 """
 
@@ -17,6 +18,7 @@ import torch
 
 TILE = 16  # rows of one dense call
 K_CHUNK = 256  # columns of K in one dense fp32 call
+BF16_K_CHUNK = 1024  # and in one dense bf16 call
 INT4_GROUPS = (32, 64, 128, 256)
 
 
@@ -37,7 +39,7 @@ class Int4Weight:
 
 @dataclass(frozen=True, slots=True)
 class Bf16Weight:
-    packed: torch.Tensor  # [N, K] in oneDNN's blocked order where the build has it, else plain
+    chunks: tuple[torch.Tensor, ...]  # [N, <= 1024] each, in oneDNN's blocked order where there is one
     blocked: bool
     out_features: int
     in_features: int
@@ -87,10 +89,12 @@ def pack_int4(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, 
 def pack_bf16(weight: torch.Tensor) -> Bf16Weight:
     """Keep a dense [N, K] weight in bf16, in the order that oneDNN multiplies fastest."""
     n, k = weight.shape
-    plain = weight.to(torch.bfloat16).contiguous()
-    if _has_onednn_linear():
-        return Bf16Weight(torch.ops.mkldnn._reorder_linear_weight(plain, TILE), True, n, k)
-    return Bf16Weight(plain, False, n, k)
+    blocked = _has_onednn_linear()
+    chunks = []
+    for at in range(0, k, BF16_K_CHUNK):
+        plain = weight[:, at : at + BF16_K_CHUNK].to(torch.bfloat16).contiguous()
+        chunks.append(torch.ops.mkldnn._reorder_linear_weight(plain, TILE) if blocked else plain)
+    return Bf16Weight(tuple(chunks), blocked, n, k)
 
 
 def pack_fp32(weight: torch.Tensor) -> Fp32Weight:
@@ -136,9 +140,19 @@ def _misfit(x: torch.Tensor, weight: Weight) -> ValueError:
 
 
 def _bf16_tile(x: torch.Tensor, weight: Bf16Weight) -> torch.Tensor:
-    if weight.blocked:
-        return torch.ops.mkldnn._linear_pointwise(x, weight.packed, None, "none", [], None)
-    return torch.nn.functional.linear(x, weight.packed)
+    if len(weight.chunks) == 1:
+        return _bf16_product(x, weight.chunks[0], weight.blocked)
+    total = torch.zeros(TILE, weight.out_features)
+    for i, chunk in enumerate(weight.chunks):
+        part = x[:, i * BF16_K_CHUNK : (i + 1) * BF16_K_CHUNK].contiguous()
+        total += _bf16_product(part, chunk, weight.blocked)
+    return total.to(torch.bfloat16)
+
+
+def _bf16_product(x: torch.Tensor, chunk: torch.Tensor, blocked: bool) -> torch.Tensor:
+    if blocked:
+        return torch.ops.mkldnn._linear_pointwise(x, chunk, None, "none", [], None)
+    return torch.nn.functional.linear(x, chunk)
 
 
 def _fp32_tile(x: torch.Tensor, weight: Fp32Weight) -> torch.Tensor:

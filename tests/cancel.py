@@ -20,10 +20,13 @@ def _pairs(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cancelling_product(
-    m: int, n: int, k: int, seed: int = 0, *, codes: bool = False
+    m: int, n: int, k: int, seed: int = 0, *, codes: bool = False, block: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [m, k] and w [n, k], exact in bf16, with x @ w.T == 0. `codes`: w is whole numbers from -7 to 7."""
-    first, second = _pairs(k, seed)
+    """x [m, k] and w [n, k], exact in bf16, with x @ w.T == 0. `codes`: w is whole numbers from -7 to 7.
+    `block`: what cancels stands within the same so many columns, as where each block's sum is rounded."""
+    pieces = [(at, *_pairs(min(block or k, k - at), seed + at)) for at in range(0, k, block or k)]
+    first = torch.cat([at + one for at, one, _ in pieces])
+    second = torch.cat([at + other for at, _, other in pieces])
     x, w = random(seed, m, k).bfloat16().float(), random(seed + 1, n, k).bfloat16().float()
     if codes:
         w = torch.randint(-7, 8, (n, k), generator=torch.Generator().manual_seed(seed + 1)).float()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.linear import (
+    BF16_K_CHUNK,
     Int4Weight,
     Weight,
     int4_takes,
@@ -64,7 +65,7 @@ def test_a_row_does_not_know_its_batch(kind, n, k, group):
 
 def cancelling(kind: str, n: int, k: int) -> tuple[torch.Tensor, Weight]:
     """17 rows and a weight whose products are nothing but rounding: see tests/cancel.py."""
-    x, w = cancelling_product(17, n, k, codes=kind == "int4")
+    x, w = cancelling_product(17, n, k, codes=kind == "int4", block=BF16_K_CHUNK if kind == "bf16" else None)
     if kind == "fp32":
         return x, pack_fp32(w)
     if kind == "bf16":
