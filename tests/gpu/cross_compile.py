@@ -1,0 +1,44 @@
+"""Compiles the specimens of one module and prints one JSON line each: `python -m tests.gpu.cross_compile NAME`.
+
+A process of its own, since the interpreter, once chosen, stays for a process."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+from tests.gpu.machine_code import compile_for
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        module = importlib.import_module(f"tests.gpu.specimens.{name}")
+        for specimen in module.specimens():
+            for architecture in specimen.architectures:
+                code = compile_for(specimen, architecture)
+                loop = code.hot_loop("HGMMA")
+                facts = {
+                    "name": specimen.name,
+                    "architecture": architecture,
+                    "hgmma": code.count("HGMMA"),
+                    "spills": code.spills,
+                    "registers": code.registers,
+                    "shared": code.shared,
+                    "instructions": len(code.instructions),
+                    "lane_instructions": code.lane_instructions("HGMMA"),
+                    "per_weight": code.lane_instructions("HGMMA") / specimen.weights
+                    if specimen.weights
+                    else 0,
+                    "matrix": specimen.matrix,
+                    "budget": specimen.per_weight,
+                    "mix": dict(loop.mix.most_common(16)) if loop else {},
+                }
+                print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

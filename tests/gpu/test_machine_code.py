@@ -1,0 +1,37 @@
+"""The gate that needs no GPU: every kernel compiles for three generations, uses Hopper's matrix instructions
+where it should, keeps its registers, and stays within its budget of instructions a weight."""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.gpu import specimens
+from tests.support import REPOSITORY
+
+MODULES = sorted(m.name for m in pkgutil.iter_modules(specimens.__path__))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_machine_code(module: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.cross_compile", module],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found, "no specimens"
+    for fact in found:
+        assert fact["spills"] == 0, fact
+        if fact["architecture"] == 90:
+            assert bool(fact["hgmma"]) == fact["matrix"], fact
+            assert fact["per_weight"] <= fact["budget"], fact
