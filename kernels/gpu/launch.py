@@ -31,7 +31,9 @@ def check(
     if tensor.dtype not in wanted:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
         raise ValueError(f"{operation}: {name} is {tensor.dtype}, not {names}")
-    if tensor.dim() != len(shape) or any(n not in (-1, have) for n, have in zip(shape, tensor.shape)):
+    if tensor.dim() != len(shape) or any(
+        n not in (-1, have) for n, have in zip(shape, tensor.shape, strict=True)
+    ):
         raise ValueError(f"{operation}: {name} is {list(tensor.shape)}, not {list(shape)} (-1: any)")
     if not tensor.is_contiguous():
         raise ValueError(f"{operation}: {name} has strides {tensor.stride()}, and must be contiguous")

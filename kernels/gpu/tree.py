@@ -6,10 +6,10 @@ makes the tree is n alone, so any cut of it into subtrees adds up to the same bi
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 
-@lru_cache(maxsize=None)
+@cache
 def merges(n: int) -> tuple[int, ...]:
     """Additions after each of n leaves; they sum to n - 1.
 
@@ -23,7 +23,7 @@ def merges(n: int) -> tuple[int, ...]:
     return merges(left) + right[:-1] + (right[-1] + 1,)
 
 
-@lru_cache(maxsize=None)
+@cache
 def cut(n: int, depth: int) -> tuple[tuple[int, int], ...]:
     """The subtrees of the tree over n leaves at `depth` cuts from the root, as [start, stop) from the left;
     a leaf is not cut further. Added up in the order `merges(len(cut))`, they give what the whole tree gives:

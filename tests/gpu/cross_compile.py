@@ -1,4 +1,4 @@
-"""Compiles the specimens of one module and prints one JSON line each: `python -m tests.gpu.cross_compile NAME`.
+"""Compiles the specimens of one module, a JSON line each: `python -m tests.gpu.cross_compile NAME`.
 
 A process of its own, since the interpreter, once chosen, stays for a process."""
 

@@ -1,4 +1,4 @@
-"""Where the tests of GPU kernels run: on a GPU if torch sees one, else on CPU tensors under the interpreter."""
+"""Where the tests of GPU kernels run: on a GPU if torch sees one, else on CPU tensors, interpreted."""
 
 from __future__ import annotations
 
