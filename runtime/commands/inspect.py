@@ -38,6 +38,7 @@ def describe(opened: OpenModel) -> dict:
         "files": len(checkpoint.files),
         "architecture": _architecture(opened),
         "tokenizer": _tokenizer(opened),
+        "quantization": str(checkpoint.packed) if checkpoint.packed else None,
         "tensors": _tensor_types(opened),
         "units": len(opened.units),
         "numerics": numerics(opened),
@@ -107,6 +108,8 @@ def _show(value: dict) -> None:
     tokenizer = ", ".join(f"{key} {found}" for key, found in value["tokenizer"].items() if found is not None)
     facts.add_row("tokenizer", escape(tokenizer))
     facts.add_row("KV", f"{show_size(value['kv_bytes_per_token'])} a token, over all ranks")
+    if value["quantization"]:
+        facts.add_row("quantised", value["quantization"])
     facts.add_row("numerics", value["numerics"])
     console.print(facts)
     types = Table("tensor type", "tensors", "bytes", title="Tensors", title_justify="left", box=None)

@@ -15,6 +15,8 @@ FOLDER_PATTERNS = [
     "*.safetensors",
     "model.safetensors.index.json",
     "config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",

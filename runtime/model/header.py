@@ -73,10 +73,13 @@ def open_model(config: ModelConfig) -> OpenModel:
         raise InvalidArgument("quantize", f"{config.quantize!r} is not int4")
     if config.quantize and checkpoint.kind == "gguf":
         raise InvalidArgument("quantize", "a GGUF file is served as it is quantised; this is for safetensors")
+    if config.quantize and checkpoint.packed:
+        raise InvalidArgument("quantize", f"the model is quantised already: {checkpoint.packed}")
     matrices = [checkpoint.tensors[name] for name, (rows, _) in expected_shapes(spec).items() if rows > 1]
     if config.dtype == "auto":
-        # Full-precision files were made to be exact; quantised and bf16 ones lose nothing to bf16 here.
-        exact = any(t.type in (TensorType.F32, TensorType.F16) for t in matrices)
+        # Full-precision files were made to be exact; quantised and bf16 ones lose nothing to bf16 here. The
+        # embedding of a GPTQ or AWQ folder is F16 however few bits its layers have.
+        exact = not checkpoint.packed and any(t.type in (TensorType.F32, TensorType.F16) for t in matrices)
         dtype = "fp32" if exact and not config.quantize else "bf16"
     elif config.dtype in ("bf16", "fp32"):
         dtype = config.dtype

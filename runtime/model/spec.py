@@ -13,6 +13,7 @@ from typing import Any
 
 from runtime.errors import BadModelFile, UnsupportedModel
 from runtime.model.units import Unit, cut_units
+from runtime.weights.packed_config import quantization_method
 
 MAX_DIMENSION = 1 << 24
 
@@ -160,8 +161,7 @@ def spec_from_hf(file: str, config: Mapping[str, Any], tensors: Mapping[str, Any
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise UnsupportedModel(f"{file}: {key}: biases are not served")
-    if config.get("quantization_config"):
-        raise UnsupportedModel(f"{file}: quantization_config: quantised safetensors are not served")
+    quantization_method(file, config)  # refuses those that are not served
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedModel(f"{file}: hidden_act {str(config['hidden_act'])[:40]!r} is not served")
     hidden = get.integer("hidden_size")

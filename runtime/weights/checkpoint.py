@@ -12,13 +12,15 @@ from typing import Any, Literal
 from runtime.errors import BadModelFile, NotFound
 from runtime.weights.formats import TensorInfo
 from runtime.weights.gguf import read_gguf
+from runtime.weights.packed import PackedFormat, PackedInfo
 from runtime.weights.safetensors import read_safetensors_folder
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """`metadata` holds a GGUF's keys and is empty for a folder, whose config.json is `config` (empty for
-    GGUF). `tensors` are keyed by GGUF's names in both.
+    GGUF). `tensors` are keyed by GGUF's names in both; a GPTQ or AWQ layer is one of them, and `packed`
+    says which format a folder's are in, if it has any.
 
     `half_split_rope`: q and k rows stand in Hugging Face's order, where RoPE pairs row i of a head with row
     i + head_dim / 2. GGUF files of the llama architecture hold them permuted, so that rows 2i and 2i + 1
@@ -26,11 +28,12 @@ class Checkpoint:
 
     kind: Literal["gguf", "safetensors"]
     path: str
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo | PackedInfo]
     files: tuple[str, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     half_split_rope: bool = False
+    packed: PackedFormat | None = None
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -43,7 +46,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if os.path.exists(os.path.join(path, "config.json")):
             folder = read_safetensors_folder(path)
             return Checkpoint(
-                "safetensors", path, folder.tensors, folder.files, config=folder.config, half_split_rope=True
+                "safetensors",
+                path,
+                folder.tensors,
+                folder.files,
+                config=folder.config,
+                half_split_rope=True,
+                packed=folder.packed,
             )
         path = _only_gguf(path)
     if os.path.basename(path).endswith(".safetensors"):
@@ -62,7 +71,7 @@ def _only_gguf(folder: str) -> str:
     return first
 
 
-def check_tensor(checkpoint: Checkpoint, name: str, rows: int, cols: int) -> TensorInfo:
+def check_tensor(checkpoint: Checkpoint, name: str, rows: int, cols: int) -> TensorInfo | PackedInfo:
     """The tensor, if it is there and is rows x cols (a vector is 1 x its length). BadModelFile otherwise."""
     info = checkpoint.tensors.get(name)
     if info is None:

@@ -42,6 +42,24 @@ class TensorType(enum.StrEnum):
     Q6_K = "Q6_K", 14, 256, 210
 
 
+class WordType(enum.StrEnum):
+    """What a tensor's elements are where they are no weights, but words that hold packed ones."""
+
+    I32 = "I32"
+
+    @property
+    def block(self) -> int:
+        return 1
+
+    @property
+    def block_bytes(self) -> int:
+        return 4
+
+    @property
+    def quantized(self) -> bool:
+        return False
+
+
 BY_ID = {member.id: member for member in TensorType}
 
 # Types that sound files hold and that are not served, so that the refusal can say which it is.
@@ -73,7 +91,7 @@ class TensorInfo:
     others is rows (1 for a vector). `offset` is absolute in `file`. `nbytes` counts whole blocks."""
 
     name: str
-    type: TensorType
+    type: TensorType | WordType
     rows: int
     cols: int
     shape: tuple[int, ...]
@@ -90,7 +108,7 @@ MAX_ELEMENTS = 1 << 48  # far above any model, far below where 64-bit byte count
 
 
 def make_tensor_info(
-    name: str, type: TensorType, shape: tuple[int, ...], file: str, offset: int
+    name: str, type: TensorType | WordType, shape: tuple[int, ...], file: str, offset: int
 ) -> TensorInfo:
     """Checks the shape (each dimension at least 1, whole blocks a row, no absurd product) and counts bytes.
     Raises BadModelFile naming file and tensor."""

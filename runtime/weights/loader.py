@@ -21,9 +21,11 @@ import torch
 from runtime.errors import BadModelFile
 from runtime.weights.checkpoint import Checkpoint, check_tensor
 from runtime.weights.formats import TensorType
-from runtime.weights.plan import ByteRange, Slice, SlicePlan, plan_reads, plan_slice
+from runtime.weights.packed import PackedInfo
+from runtime.weights.plan import ByteRange, Read, Slice, SlicePlan, plan_reads, plan_slice
 from runtime.weights.planar import Planar, from_gguf_bytes
 from runtime.weights.quantize import quantize_int4
+from runtime.weights.repack import repack
 
 __all__ = ["LoadReport", "Loader", "Slice", "check_tensor", "load", "plan_reads"]
 
@@ -66,7 +68,7 @@ class Loader:
             raise ValueError(f"quantize: {quantize!r} is not int4")
         self._plans = [plan_slice(checkpoint, wanted, quantize) for wanted in slices]
         self._threads, self._progress = threads, progress
-        self.total_bytes = sum(plan.range.total for plan in self._plans)
+        self.total_bytes = sum(plan.total for plan in self._plans)
         self.report: LoadReport | None = None
         self._iterator = self._run()
 
@@ -79,26 +81,30 @@ class Loader:
     def _run(self) -> Iterator[tuple[Slice, torch.Tensor | Planar]]:
         started, done, in_flight = time.perf_counter(), 0, 0
         waiting = deque(self._plans)
-        reading: deque[tuple[SlicePlan, np.ndarray, list[Future[int]]]] = deque()
+        reading: deque[tuple[SlicePlan, dict[str, np.ndarray], list[Future[int]]]] = deque()
+        names = (read.range.file for plan in self._plans for read in plan.reads.values())
         with ExitStack() as stack:
-            files = {file: _open(file, stack) for file in dict.fromkeys(p.range.file for p in self._plans)}
+            files = {file: _open(file, stack) for file in dict.fromkeys(names)}
             pool = stack.enter_context(ThreadPoolExecutor(self._threads, "weights-read"))
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
             while waiting or reading:
-                while waiting and (not reading or in_flight + waiting[0].range.total <= READ_AHEAD):
+                while waiting and (not reading or in_flight + waiting[0].total <= READ_AHEAD):
                     plan = waiting.popleft()
-                    buffer = np.empty(plan.range.total, np.uint8)
+                    buffers = {
+                        part: np.empty(read.range.total, np.uint8) for part, read in plan.reads.items()
+                    }
                     tasks = [
-                        pool.submit(_read, files[plan.range.file], part, buffer[at : at + part.total])
-                        for at, part in _pieces(plan.range)
+                        pool.submit(_read, files[piece.file], piece, buffers[part][at : at + piece.total])
+                        for part, read in plan.reads.items()
+                        for at, piece in _pieces(read.range)
                     ]
-                    reading.append((plan, buffer, tasks))
-                    in_flight += plan.range.total
-                plan, buffer, tasks = reading.popleft()
+                    reading.append((plan, buffers, tasks))
+                    in_flight += plan.total
+                plan, buffers, tasks = reading.popleft()
                 done += sum(task.result() for task in tasks)
-                in_flight -= plan.range.total
-                weights = _convert(plan, buffer)
-                del buffer, tasks  # so that only the caller holds the slice while it repacks
+                in_flight -= plan.total
+                weights = _convert(plan, buffers)
+                del buffers, tasks  # so that only the caller holds the slice while it repacks
                 if self._progress:
                     self._progress(done, self.total_bytes)
                 yield plan.slice, weights
@@ -117,7 +123,7 @@ def load(
     """Reads `slices` one after another: each comes as (slice, weights), where weights are
 
     - a torch tensor of the file's float type, [rows, cols], or [cols] of a vector; or
-    - a Planar of the slice, if the file's type is quantised or `quantize` made it so (see
+    - a Planar of the slice, if the file's type is quantised, GPTQ and AWQ too, or `quantize` made it so (see
       `plan.is_quantizable`): int4 groups lie where they do in the whole tensor, however it is cut.
 
     All slices are checked when this is called (ValueError); BadModelFile if a file has shrunk or fails while
@@ -165,16 +171,15 @@ def _read(descriptor: int, part: ByteRange, buffer: np.ndarray) -> int:
     return total
 
 
-def _convert(plan: SlicePlan, buffer: np.ndarray) -> torch.Tensor | Planar:
+def _convert(plan: SlicePlan, buffers: dict[str, np.ndarray]) -> torch.Tensor | Planar:
     info, (col, col_stop) = plan.info, plan.slice.cols
     rows = plan.slice.rows[1] - plan.slice.rows[0]
-    if plan.gap:
-        strided = np.lib.stride_tricks.as_strided
-        steps = (plan.row_bytes + plan.gap, 1)
-        buffer = np.ascontiguousarray(strided(buffer, (rows, plan.row_bytes), steps, writeable=False))
+    held = {part: _wanted(read, buffers[part]) for part, read in plan.reads.items()}
+    if isinstance(info, PackedInfo):
+        return repack(info, plan.slice.rows, plan.slice.cols, held)
     if info.type.quantized:
-        return from_gguf_bytes(buffer, info.type, rows, info.cols, col, col_stop)
-    dense = torch.from_numpy(buffer.reshape(rows, plan.row_bytes)).view(_DTYPES[info.type])
+        return from_gguf_bytes(held[""], info.type, rows, info.cols, col, col_stop)
+    dense = torch.from_numpy(held[""]).view(_DTYPES[info.type])
     if not plan.quantize:
         return dense[0] if len(info.shape) == 1 else dense
     try:
@@ -184,3 +189,12 @@ def _convert(plan: SlicePlan, buffer: np.ndarray) -> torch.Tensor | Planar:
     start = col - plan.cols[0]
     cut = (start, start + col_stop - col)
     return whole if cut == (0, whole.cols) else whole.select_cols(*cut)
+
+
+def _wanted(read: Read, buffer: np.ndarray) -> np.ndarray:
+    """What was read, without the gaps: uint8 [rows, bytes], contiguous."""
+    shape = (read.rows, read.row_bytes)
+    if not read.gap:
+        return buffer.reshape(shape)
+    steps = (read.row_bytes + read.gap, 1)
+    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(buffer, shape, steps, writeable=False))

@@ -34,10 +34,10 @@ class Planar:
 
     planes: one a width in `bits`, low bits of the codes first (see `bitplanes`; columns padded to 128).
     group: columns a scale. super_group: columns a d and m; a multiple of group, equal to it where
-    sub_scales is None. d, m: fp16 [rows, cols / super_group]; sub_scales (uint8 or int8) and sub_mins
-    (uint8): [rows, cols / group]. m and sub_mins may be None. `paired`: sub_scales holds both, the scale in
-    the low nibble and the minimum in the high one (Q2_K). `type` names where the numbers come from
-    (a GGUF type, or "INT4")."""
+    sub_scales is None. d, m: fp16 [rows, cols / super_group]; sub_scales and sub_mins (uint8 or int8):
+    [rows, cols / group]. m and sub_mins may be None, and sub_mins may stand without sub_scales (zero points,
+    with m = -d). `paired`: sub_scales holds both, the scale in the low nibble and the minimum in the high one
+    (Q2_K). `type` names where the numbers come from (a GGUF type, "INT4", or a GPTQ or AWQ format)."""
 
     type: str
     rows: int
@@ -59,7 +59,7 @@ class Planar:
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
 
     def codes(self) -> torch.Tensor:
-        """[rows, cols] uint8 from 0 to 2**sum(bits) - 1; signed int8 for Q8_0."""
+        """[rows, cols] uint8 from 0 to 2**sum(bits) - 1; signed int8 of 8 bits."""
         return unpack(self.planes, self.bits, self.cols)
 
     def scales(self) -> torch.Tensor:

@@ -1,8 +1,10 @@
-"""Plans Hugging Face folders of Llama and Mistral safetensors: config, shards, and where tensors lie.
+"""Plans Hugging Face folders of Llama and Mistral safetensors: config, shards, and where tensors lie. Dense
+ones, and those whose linear layers are GPTQ or AWQ.
 
 Format: the safetensors README (8 bytes little-endian header length, JSON header, data), and the
 `model.safetensors.index.json` that Hugging Face writes beside shards. Tensors appear under the names GGUF
-gives them. Reads no tensor data; holds every header for hostile until checked.
+gives them. Reads no tensor data, save one g_idx where the config speaks of act-order; holds every header for
+hostile until checked.
 """
 
 from __future__ import annotations
@@ -11,20 +13,24 @@ import json
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import BadModelFile, NotFound, UnsupportedModel
-from runtime.weights.formats import TensorInfo, TensorType, check_layout, make_tensor_info
+from runtime.weights.formats import TensorInfo, TensorType, WordType, check_layout, make_tensor_info
+from runtime.weights.gptq import check_whole_order
+from runtime.weights.packed import PARTS, PackedFormat, PackedInfo, packed_info
+from runtime.weights.packed_config import packed_format, quantization_method, says_act_order
 
 MAX_HEADER = 1 << 25  # bytes; a tensor takes some 120
 MAX_JSON = 1 << 25  # bytes of config and index
 MAX_NAME = 1 << 10  # characters
 
-_DTYPES = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
+_FLOATS = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
+_DTYPES = {**_FLOATS, "I32": WordType.I32}
 _KNOWN_DTYPES = {
-    "BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "F64",
+    "BOOL", "U8", "I8", "I16", "U16", "U32", "I64", "U64", "F64",
     "F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "C64",
 }  # fmt: skip
 
@@ -52,12 +58,14 @@ _DERIVED = re.compile(r"(model\.layers\.[0-9]+\.self_attn|model)\.rotary_emb\.in
 @dataclass(frozen=True, slots=True)
 class SafetensorsFolder:
     """`config` is config.json as it stands; `tensors` are keyed and named as GGUF names them
-    ("blk.3.attn_q.weight"), with q and k rows in Hugging Face's order. `files` are the shards' paths."""
+    ("blk.3.attn_q.weight"), with q and k rows in Hugging Face's order. `files` are the shards' paths.
+    `packed` is the format of the layers that are GPTQ or AWQ, None where none is."""
 
     path: str
     config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo | PackedInfo]
     files: tuple[str, ...]
+    packed: PackedFormat | None = None
 
 
 def read_safetensors_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:
@@ -68,6 +76,7 @@ def read_safetensors_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:
     a dense Llama or Mistral does not have."""
     folder = os.fspath(path)
     config = _read_json(os.path.join(folder, "config.json"))
+    quantization_method(os.path.join(folder, "config.json"), config)  # others have tensors of other names
     index = os.path.join(folder, "model.safetensors.index.json")
     single = os.path.join(folder, "model.safetensors")
     if os.path.exists(index):
@@ -76,7 +85,7 @@ def read_safetensors_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:
         shards = {single: None}
     else:
         raise NotFound("file", single, "nor is there a model.safetensors.index.json")
-    tensors: dict[str, TensorInfo] = {}
+    found: dict[str, TensorInfo] = {}
     for file, promised in shards.items():
         held = _read_header(file)
         for name in promised or ():
@@ -85,14 +94,69 @@ def read_safetensors_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:
         for name, info in held.items():
             if promised is not None and name not in promised:
                 raise BadModelFile(file, name, "the index does not place it here")
-            canonical = canonical_name(name, file)
-            if canonical in tensors:
-                raise BadModelFile(file, name, f"also in {tensors[canonical].file}")
-            if canonical:
-                tensors[canonical] = TensorInfo(
-                    canonical, info.type, info.rows, info.cols, info.shape, file, info.offset, info.nbytes
-                )
-    return SafetensorsFolder(folder, config, tensors, tuple(shards))
+            if name in found:
+                raise BadModelFile(file, name, f"also in {found[name].file}")
+            found[name] = info
+    layers = _take_packed(found)
+    tensors: dict[str, TensorInfo | PackedInfo] = {}
+    for name, info in found.items():
+        if canonical := canonical_name(name, info.file):
+            tensors[canonical] = replace(info, name=canonical)
+    format = _add_packed(folder, config, layers, tensors) if layers else None
+    return SafetensorsFolder(folder, config, tensors, tuple(shards), format)
+
+
+def _take_packed(found: dict[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """Takes the tensors of packed layers out of `found`: stem -> part -> tensor. Old GPTQ writers gave every
+    such layer a bias."""
+    layers: dict[str, dict[str, TensorInfo]] = {}
+    for name in list(found):
+        stem, _, part = name.rpartition(".")
+        if part in PARTS:
+            layers.setdefault(stem, {})[part] = found.pop(name)
+    for stem, parts in layers.items():
+        if f"{stem}.bias" in found:
+            parts["bias"] = found.pop(f"{stem}.bias")
+    for info in found.values():
+        if info.type is WordType.I32:
+            raise _not_served(info.file, info.name, info.type)
+    return layers
+
+
+def _add_packed(
+    folder: str,
+    config: dict[str, Any],
+    layers: dict[str, dict[str, TensorInfo]],
+    tensors: dict[str, TensorInfo | PackedInfo],
+) -> PackedFormat:
+    """Adds packed layers to `tensors` under GGUF's names."""
+    said, format = _packing(folder, config)
+    ordered = format.method == "gptq" and format.group > 0 and says_act_order(said)
+    for stem, parts in layers.items():
+        file = next(iter(parts.values())).file
+        name = canonical_name(f"{stem}.weight", file)
+        if name in tensors:
+            raise BadModelFile(file, f"{stem}.weight", "the layer is there both packed and dense")
+        tensors[name] = layer = packed_info(name, stem, parts, format)
+        if ordered:
+            check_whole_order(layer)  # says it early; others are checked as they are read
+            ordered = False
+    return format
+
+
+def _packing(folder: str, config: dict[str, Any]) -> tuple[dict[str, Any], PackedFormat]:
+    """The quantisation config of a folder that has packed layers, and what it means."""
+    if said := config.get("quantization_config"):
+        file = os.path.join(folder, "config.json: quantization_config")
+        return said, packed_format(file, said)
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        file = os.path.join(folder, name)
+        if os.path.exists(file):
+            said = _read_json(file)
+            return said, packed_format(file, said, method)
+    raise BadModelFile(
+        os.path.join(folder, "config.json"), "quantization_config", "missing, though layers are packed"
+    )
 
 
 def canonical_name(name: str, file: str) -> str:
@@ -147,7 +211,7 @@ def _tensor(path: str, name: str, entry: dict[str, Any], start: int) -> TensorIn
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         if isinstance(dtype, str) and dtype in _KNOWN_DTYPES:
-            raise UnsupportedModel(f"{path}: {name}: dtype {dtype} is not served; {', '.join(_DTYPES)} are")
+            raise _not_served(path, name, dtype)
         raise BadModelFile(path, name, f"unknown dtype {dtype!a:.40}")
     if not _counts(shape) or not 1 <= len(shape) <= 4:
         raise BadModelFile(path, name, f"not a shape: {shape!a:.80}")
@@ -159,6 +223,10 @@ def _tensor(path: str, name: str, entry: dict[str, Any], start: int) -> TensorIn
             path, name, f"offsets span {offsets[1] - offsets[0]} bytes; the shape takes {info.nbytes}"
         )
     return info
+
+
+def _not_served(path: str, name: str, dtype: str) -> UnsupportedModel:
+    return UnsupportedModel(f"{path}: {name}: dtype {dtype} is not served; {', '.join(_FLOATS)} are")
 
 
 def _check_name(path: str, name: str) -> None:
