@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gguf
 import pytest
+from safetensors.torch import load_file
 
 from runtime.config import ModelConfig
 from runtime.model.header import open_model
 from runtime.model.load import load_shard
 from tests.cli.command import run
 from tests.weights.tiny import write_tiny_llama
+from tests.weights.tiny_packed import write_tiny_packed
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +88,17 @@ def test_quantising_changes_what_is_computed_not_what_is_read(tmp_path):
     assert exact["numerics"] != rounded["numerics"]
     assert exact["tensor_parallel"] == rounded["tensor_parallel"]
     assert exact["kv_bytes_per_token"] == 2 * rounded["kv_bytes_per_token"]
+
+
+def test_a_packed_folder_says_its_format(tmp_path):
+    model = write_tiny_llama(tmp_path / "m.gguf", hidden=128, ffn=256)
+    folder = write_tiny_packed(tmp_path / "m", model, "gptq", group=64, symmetric=True)
+    value = run("inspect", str(folder), "--json").json
+    assert value["format"] == "safetensors" and value["quantization"] == "GPTQ 4-bit g64 symmetric"
+    shown = {entry["type"]: entry for entry in value["tensors"]}
+    assert shown["GPTQ 4-bit g64 symmetric"]["count"] == 14 and set(shown) > {"F16"}
+    held = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    assert sum(entry["bytes"] for entry in value["tensors"]) == held
+    assert value["tensor_parallel"][0]["ranks"][0]["weight_bytes"] == held
+    assert "bf16" in value["numerics"]
+    assert "GPTQ 4-bit g64 symmetric" in run("inspect", str(folder)).out

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from runtime.weights.checkpoint import open_checkpoint
 from runtime.weights.loader import Slice, load
 
-_STEMS = {
+STEMS = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
@@ -36,7 +36,7 @@ def write_tiny_hf(folder: Path, model: Path, *, dtype: torch.dtype | None = None
         if stem in ("attn_q", "attn_k"):
             dense = dense.view(-1, head_dim // 2, 2, dense.shape[1]).transpose(1, 2).reshape(dense.shape)
         prefix = f"model.layers.{layer[1]}." if layer else ""
-        tensors[f"{prefix}{_STEMS[stem]}.{kind}"] = dense.to(dtype or dense.dtype).contiguous()
+        tensors[f"{prefix}{STEMS[stem]}.{kind}"] = dense.to(dtype or dense.dtype).contiguous()
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
