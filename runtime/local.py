@@ -91,14 +91,14 @@ class LocalClient:
                 if isinstance(output, TramontaneError):
                     ended = True
                     raise output
-                ended = isinstance(output, Finished)
+                ended = isinstance(output, Finished) and output.last
                 yield output
         finally:
             if not ended:
                 self._loop.abort(request.request_id)
 
-    async def stop_at(self, request_id: str, keep: int) -> None:
-        self._loop.abort(request_id, FinishReason.STOP, keep)
+    async def stop_at(self, request_id: str, keep: int, choice: int = 0) -> None:
+        self._loop.abort(request_id, FinishReason.STOP, keep, choice)
 
     async def load(self) -> Load:
         here = asyncio.get_running_loop()

@@ -65,13 +65,18 @@ class EngineLoop:
         self._post(lambda: self._add(request, deliver, received), deliver)
 
     def abort(
-        self, request_id: str, reason: FinishReason = FinishReason.CANCELLED, keep: int | None = None
+        self,
+        request_id: str,
+        reason: FinishReason = FinishReason.CANCELLED,
+        keep: int | None = None,
+        choice: int | None = None,
     ) -> None:
-        """End a request. One that is unknown, or has fewer tokens than `keep`, is left as it is."""
+        """End a request, or one of its replies alone. One that is unknown, or has fewer tokens than
+        `keep`, is left as it is."""
 
         def run() -> None:
             with contextlib.suppress(InvalidArgument):
-                self._send(self._engine.abort(request_id, reason, keep))
+                self._send(self._engine.abort(request_id, reason, keep, choice))
 
         self._post(run)
 
@@ -164,6 +169,12 @@ class EngineLoop:
         ids = (*request.prompt, *request.stop_ids, *(token for token, _ in params.logit_bias))
         if any(not 0 <= token < self._vocab_size for token in ids):
             raise InvalidArgument("prompt", f"a token id is outside the vocabulary of {self._vocab_size}")
+        for branch in request.branches:
+            if any(not 0 <= token < self._vocab_size for token in branch.reply):
+                raise InvalidArgument(
+                    f"resume.choices[{branch.choice}]",
+                    f"a token id is outside the vocabulary of {self._vocab_size}",
+                )
         if params.temperature > 0 and params.seed is None:
             raise InvalidArgument("seed", "sampling at a temperature above 0 needs one")
 
@@ -192,7 +203,7 @@ class EngineLoop:
             deliver = self._deliver.get(output.request_id)
             if deliver is None:
                 continue
-            if isinstance(output, Finished):
+            if isinstance(output, Finished) and output.last:
                 del self._deliver[output.request_id]
             try:
                 deliver(output)

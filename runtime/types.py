@@ -42,10 +42,21 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Branch:
+    """One of the replies to a prompt. `choice` keys its noise; `reply` is what is known of it already:
+    it goes on after these tokens as if it had never stopped."""
+
+    choice: int = 0
+    reply: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """One reply to compute. `stop_ids` are the tokens that end it: stop_token_ids and, unless
-    ignore_eos, the model's end-of-sequence tokens. `params` has max_tokens and seed filled in.
-    `deadline` is in seconds of the engine's monotonic clock; on the wire it is what remains."""
+    """What an engine computes from one prompt: a reply for each of `branches`, whose choices differ.
+
+    `stop_ids` are the tokens that end a reply: stop_token_ids and, unless ignore_eos, the model's
+    end-of-sequence tokens. `params` has max_tokens and seed filled in. `deadline` is in seconds of the
+    engine's monotonic clock; on the wire it is what remains."""
 
     request_id: str
     prompt: tuple[int, ...]
@@ -54,6 +65,7 @@ class Request:
     deadline: float | None = None
     priority: int = 0  # larger is sooner
     cache_salt: str = ""  # requests share cached prefixes only under the same salt
+    branches: tuple[Branch, ...] = (Branch(),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +79,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class SequenceStart:
-    """Gives a slot its sequence. `tokens` is all that is known: the prompt and, after a preemption, the
-    reply so far; `prompt_length` says where the prompt ends (penalties and min_tokens count from there)."""
+    """Gives a slot its sequence. `tokens` is all that is known: the prompt and, where it goes on after a
+    preemption or elsewhere, the reply so far; `prompt_length` says where the prompt ends (penalties and
+    min_tokens count from there). `choice` keys the noise."""
 
     slot: int
     tokens: tuple[int, ...]
     prompt_length: int
     params: SamplingParams
     stop_ids: tuple[int, ...]
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,19 +141,21 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One token of a reply; `index` counts from 0 within the reply. A stop token is sent too, as the
-    last one, so that the reply's tokens are exactly what was sampled."""
+    """One token of a reply; `index` counts from 0 within the reply, tokens that came with the request
+    included. A stop token is sent too, as the last one, so that the reply's tokens are exactly what was
+    sampled."""
 
     request_id: str
     index: int
     token: int
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last output of a request."""
+    """The last output of one of a request's replies. Tokens that came with the request count."""
 
     request_id: str
     reason: FinishReason
@@ -148,6 +164,8 @@ class Finished:
     completion_tokens: int
     stop_token: int | None = None
     detail: str = ""  # for ERROR: one line
+    choice: int = 0
+    last: bool = True  # no other reply of the request is left
 
 
 Output = TokenOutput | Finished

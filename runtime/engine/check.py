@@ -78,7 +78,22 @@ def _check_sequences(scheduler: Scheduler) -> None:
     tokens = sum(len(sequence.prompt) for sequence in waiting)
     fail_unless(tokens == scheduler.waiting_tokens, f"{tokens} wait, counted {scheduler.waiting_tokens}")
     in_flight = Counter(id(s) for _, samplers in scheduler.in_flight for s in samplers)
-    for sequence in [*scheduler.running, *waiting]:
+    followers = [f for leader in [*scheduler.running, *waiting] for f in leader.followers]
+    fail_unless(
+        len(followers) == scheduler.held_back,
+        f"{len(followers)} held back, counted {scheduler.held_back}",
+    )
+    for leader in [*scheduler.running, *waiting]:
+        fail_unless(leader.leader is None, f"{leader.request.request_id} is held back, but has its turn")
+        fail_unless(
+            all(f.leader is leader and not f.followers and f.slot is None for f in leader.followers),
+            f"{leader.request.request_id}: its followers do not follow it",
+        )
+        fail_unless(
+            not leader.followers or leader.computed < len(leader.prompt) or leader.slot is None,
+            f"{leader.request.request_id} holds others back for nothing",
+        )
+    for sequence in [*scheduler.running, *waiting, *followers]:
         name = sequence.request.request_id
         fail_unless(not sequence.finished, f"{name} has finished, but stays")
         fail_unless(

@@ -38,7 +38,7 @@ _POSITIVE = (
 
 
 class Engine:
-    """A replica's scheduler and the state of every request it has accepted.
+    """A replica's scheduler and the state of every reply it has accepted.
 
     Raises InvalidArgument if a setting of `config` cannot work."""
 
@@ -49,7 +49,7 @@ class Engine:
                 raise InvalidArgument(name, f"must be at least 1, not {value}")
         self.config = config
         self._scheduler = Scheduler(config, steps_in_flight)
-        self._live: dict[str, Sequence] = {}
+        self._live: dict[str, list[Sequence]] = {}  # replies that have not ended, in order of arrival
         self._deadlines = SequenceQueue()
         self._arrivals = 0
         self._lost_step = 0  # results up to this plan are void
@@ -58,25 +58,31 @@ class Engine:
     # ---- requests ------------------------------------------------------------------------------
 
     def add(self, request: Request, now: float) -> list[Output]:
-        """Accepts a request. The reply ends with LENGTH at max_tokens or at the end of the context.
+        """Accepts a request. A reply ends with LENGTH at max_tokens or at the end of the context.
 
+        The prompt is computed for the first branch; the others begin once that is planned.
         Raises InvalidArgument naming what can never be served, QueueFull when too many wait already."""
         if request.request_id in self._live:
             raise InvalidArgument("request_id", f"{request.request_id!r} is already being served")
         limit = self._limit(request)
+        self._check_branches(request, limit)
         scheduler = self._scheduler
-        if len(scheduler.waiting) >= self.config.max_waiting:
+        waiting = len(scheduler.waiting) + scheduler.held_back
+        if waiting + len(request.branches) > self.config.max_waiting:
             raise QueueFull(self._retry_after(now))
-        self._arrivals += 1
-        sequence = Sequence(request, self._arrivals, now, limit)
-        self._live[request.request_id] = sequence
-        scheduler.enqueue(sequence)
-        if request.deadline is not None:
-            self._deadlines.push((request.deadline, self._arrivals), sequence)
+        sequences = []
+        for branch in request.branches:
+            self._arrivals += 1
+            sequences.append(Sequence(request, branch, self._arrivals, now, limit))
+            if request.deadline is not None:
+                self._deadlines.push((request.deadline, self._arrivals), sequences[-1])
+        self._live[request.request_id] = sequences
+        scheduler.enqueue(sequences[0])
+        scheduler.hold_back(sequences[1:], sequences[0])
         return self.tick(now)
 
     def _limit(self, request: Request) -> int:
-        """Most tokens of prompt and reply together; refuses what can never be served."""
+        """Most tokens of prompt and one reply together; refuses what can never be served."""
         prompt = len(request.prompt)
         context = self.config.max_model_len
         size = self.config.block_size
@@ -99,6 +105,22 @@ class Engine:
             )
         return limit
 
+    def _check_branches(self, request: Request, limit: int) -> None:
+        choices = [branch.choice for branch in request.branches]
+        if not choices or len(set(choices)) < len(choices) or not all(0 <= c < 2**32 for c in choices):
+            raise InvalidArgument("branches", f"choices {choices[:8]} are not distinct numbers below 2**32")
+        if len(choices) > self.config.max_waiting:
+            raise InvalidArgument("n", f"{len(choices)} replies; at most {self.config.max_waiting} can wait")
+        for choice, reply in ((branch.choice, branch.reply) for branch in request.branches):
+            if len(request.prompt) + len(reply) >= limit:
+                most = limit - len(request.prompt)
+                raise InvalidArgument(
+                    f"resume.choices[{choice}]", f"{len(reply)} tokens leave none to compute of {most}"
+                )
+            stops = (i for i, t in enumerate(reply) if t in request.stop_ids)
+            if any(i >= request.params.min_tokens for i in stops):
+                raise InvalidArgument(f"resume.choices[{choice}]", "holds a token that ends the reply")
+
     def _retry_after(self, now: float) -> float:
         """Seconds in which about a tenth of the queue should have been admitted."""
         first = self._scheduler.waiting.peek()
@@ -106,16 +128,21 @@ class Engine:
         return min(max(max(self._last_wait, stalled) / 10, 0.1), 30.0)
 
     def abort(
-        self, request_id: str, reason: FinishReason = FinishReason.CANCELLED, keep: int | None = None
+        self,
+        request_id: str,
+        reason: FinishReason = FinishReason.CANCELLED,
+        keep: int | None = None,
+        choice: int | None = None,
     ) -> list[Output]:
-        """Ends a request at once; no outputs if it is unknown or has ended. `keep`: how many of the
-        tokens sent count as the reply (all of them if None), InvalidArgument if more than were sent."""
-        sequence = self._live.get(request_id)
-        if sequence is None:
-            return []
-        if keep is not None and not 0 <= keep <= len(sequence.reply):
-            raise InvalidArgument("keep", f"{keep} of {len(sequence.reply)} tokens sent")
-        return [self._finish(sequence, reason, keep=keep)]
+        """Ends a request, or one of its replies alone, at once; no outputs if it is unknown or has ended.
+        `keep`: how many of the tokens sent count as the reply (all of them if None), InvalidArgument if
+        more than were sent."""
+        ending = [s for s in self._live.get(request_id, ()) if choice is None or s.choice == choice]
+        for sequence in ending:
+            if keep is not None and not 0 <= keep <= len(sequence.reply):
+                raise InvalidArgument("keep", f"{keep} of {len(sequence.reply)} tokens sent")
+        # Those that are held back go before their leader.
+        return [self._finish(sequence, reason, keep=keep) for sequence in reversed(ending)]
 
     def tick(self, now: float) -> list[Output]:
         """Ends every request whose deadline has come."""
@@ -132,19 +159,25 @@ class Engine:
         stop_token: int | None = None,
         detail: str = "",
     ) -> Finished:
-        del self._live[sequence.request.request_id]
+        request_id = sequence.request.request_id
+        left = self._live[request_id]
+        left.remove(sequence)
+        if not left:
+            del self._live[request_id]
         sequence.finished = True
         self._scheduler.remove(sequence)
         if sequence.request.deadline is not None:
             self._deadlines.note_finished()
         return Finished(
-            request_id=sequence.request.request_id,
+            request_id=request_id,
             reason=reason,
             prompt_tokens=len(sequence.prompt),
             cached_tokens=sequence.cached_tokens or 0,
             completion_tokens=len(sequence.reply) if keep is None else keep,
             stop_token=stop_token,
             detail=detail,
+            choice=sequence.choice,
+            last=not left,
         )
 
     # ---- steps ---------------------------------------------------------------------------------
@@ -181,9 +214,8 @@ class Engine:
             index = len(reply)
             reply.append(token)
             sequence.known += 1
-            outputs.append(
-                TokenOutput(sequence.request.request_id, index, token, sampled.logprob, sampled.top)
-            )
+            name = sequence.request.request_id
+            outputs.append(TokenOutput(name, index, token, sampled.logprob, sampled.top, sequence.choice))
             if sequence.next_named <= sequence.known:
                 scheduler.name_full_blocks(sequence)
             if token in sequence.stop_ids and index >= sequence.min_tokens:
@@ -198,7 +230,8 @@ class Engine:
         self._lost_step = self._scheduler.step
         outputs: list[Output] = [
             self._finish(sequence, FinishReason.ERROR, detail=detail)
-            for sequence in list(self._live.values())
+            for sequences in list(self._live.values())
+            for sequence in sequences[::-1]
         ]
         self._scheduler.reset()
         return outputs
@@ -214,7 +247,7 @@ class Engine:
         scheduler = self._scheduler
         return Load(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + scheduler.held_back,
             free_blocks=scheduler.pool.available,
             total_blocks=scheduler.pool.total,
             cached_blocks=len(scheduler.pool.cached),
@@ -229,17 +262,18 @@ class Engine:
         """Raises IntegrityError if blocks, slots, queues and requests disagree. Costs as much as there is
         state: for tests, and for when nothing runs."""
         check_scheduler(self._scheduler)
-        live = list(self._live.values())
+        live = [sequence for sequences in self._live.values() for sequence in sequences]
         placed = self._scheduler.running + self._scheduler.waiting.live()
+        placed += [follower for leader in placed for follower in leader.followers]
         fail_unless(
             len(placed) == len(live) and {id(s) for s in placed} == {id(s) for s in live},
-            "the live requests are not those that run or wait",
+            "the live replies are not those that run, wait or are held back",
         )
         timed = sorted(s.order[1] for s in live if s.request.deadline is not None)
         fail_unless(
             sorted(s.order[1] for s in self._deadlines.live()) == timed
             and len(self._deadlines) == len(timed),
-            "the deadlines are not those of the live requests",
+            "the deadlines are not those of the live replies",
         )
 
 

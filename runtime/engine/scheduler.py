@@ -52,6 +52,7 @@ class Scheduler:
         self.pool = BlockPool(self.config.total_blocks)
         self.waiting = SequenceQueue()
         self.waiting_tokens = 0  # prompt tokens
+        self.held_back = 0  # sequences that wait for their leaders' prefill
         self.running: list[Sequence] = []  # in order
         self.free_slots = list(range(self.slots))  # heap
         self.ends: list[int] = []  # slots whose end the next plan carries
@@ -65,14 +66,41 @@ class Scheduler:
         self.waiting.push(sequence.order, sequence)
         self.waiting_tokens += len(sequence.prompt)
 
+    def hold_back(self, followers: list[Sequence], leader: Sequence) -> None:
+        """Keeps sequences of the same prompt until the leader's prompt is planned: they then find its full
+        blocks in the prefix cache, and compute only what is left of the last one."""
+        leader.followers = followers
+        for sequence in followers:
+            sequence.leader = leader
+        self.held_back += len(followers)
+
+    def _let_go(self, leader: Sequence) -> None:
+        """The leader's prompt is planned: its followers wait in the queue like everyone else."""
+        for sequence in leader.followers:
+            sequence.leader = None
+            sequence.cached_tokens = leader.cached_tokens  # the request's own blocks are no hits
+            self.enqueue(sequence)
+        self.held_back -= len(leader.followers)
+        leader.followers = []
+
     def remove(self, sequence: Sequence) -> None:
-        """Drops a sequence that was just marked finished, whether it waits or runs."""
-        if sequence.slot is None:
+        """Drops a sequence that was just marked finished, whatever it does."""
+        if sequence.leader is not None:
+            sequence.leader.followers.remove(sequence)
+            self.held_back -= 1
+        elif sequence.slot is None:
             self.waiting.note_finished()
             self.waiting_tokens -= len(sequence.prompt)
         else:
             del self.running[bisect_left(self.running, sequence.order, key=_by_order)]
             self._vacate(sequence)
+        if sequence.followers:  # the next one leads
+            first, *others = sequence.followers
+            sequence.followers, first.leader = [], None
+            first.cached_tokens = sequence.cached_tokens
+            self.held_back -= 1 + len(others)
+            self.enqueue(first)
+            self.hold_back(others, first)
 
     def _vacate(self, sequence: Sequence) -> None:
         """Takes slot and blocks from a sequence that no longer stands in `running`."""
@@ -104,7 +132,7 @@ class Scheduler:
         step = self.step + 1
         chunks: list[Chunk] = []
         samplers: list[Sequence] = []
-        filled: list[Sequence] = []  # sequences that may have full blocks to name
+        filled: list[Sequence] = []  # sequences that may have full blocks to name, or others to let go
         budget = self._decode(step, chunks, samplers, filled)
         if budget and len(samplers) < len(self.running):
             budget = self._prefill(step, budget, chunks, samplers, filled)
@@ -113,6 +141,8 @@ class Scheduler:
             return None
         for sequence in filled:  # only now: a plan must not read what it is itself about to write
             self.name_full_blocks(sequence)
+            if sequence.followers and sequence.computed >= len(sequence.prompt):
+                self._let_go(sequence)
         plan = StepPlan(step, tuple(self.ends), tuple(starts), tuple(chunks))
         self.ends.clear()
         self.step = step
@@ -140,7 +170,7 @@ class Scheduler:
             sequence.computed = total
             sequence.total = total + 1
             sequence.last_step = step
-            if sequence.next_named <= sequence.known:
+            if sequence.next_named <= sequence.known or sequence.followers:
                 filled.append(sequence)
         return self.budget - len(chunks)
 
@@ -204,7 +234,14 @@ class Scheduler:
             tokens = sequence.tokens()
             request = sequence.request
             starts.append(
-                SequenceStart(sequence.slot, tokens, len(sequence.prompt), request.params, request.stop_ids)
+                SequenceStart(
+                    sequence.slot,
+                    tokens,
+                    len(sequence.prompt),
+                    request.params,
+                    request.stop_ids,
+                    sequence.choice,
+                )
             )
             table = tuple(sequence.table)
             budget -= self._chunk(sequence, step, budget, table, chunks, samplers, filled)
@@ -225,7 +262,7 @@ class Scheduler:
         sequence.slot = heapq.heappop(self.free_slots)
         insort(self.running, sequence, key=_by_order)
         if sequence.cached_tokens is None:
-            sequence.cached_tokens = sequence.computed
+            sequence.cached_tokens = min(sequence.computed, len(sequence.prompt))
             self.hit_tokens += sequence.computed
             self.query_tokens += sequence.known
 

@@ -1,4 +1,4 @@
-"""What the engine keeps of one request: its tokens, how far it is planned, and where its KV lives.
+"""What the engine keeps of one reply: its tokens, how far it is planned, and where its KV lives.
 
 Positions are counted by plans issued, not by results received: `computed` and `total` run ahead of
 `known` by the tokens that are still in flight.
@@ -7,21 +7,24 @@ Positions are counted by plans issued, not by results received: `computed` and `
 from __future__ import annotations
 
 from runtime.engine.prefix import next_key, root_key
-from runtime.types import Request
+from runtime.types import Branch, Request
 
 
 class Sequence:
-    """One live request. Waiting while `slot` is None, else running."""
+    """One live reply. Held back while it has a `leader`, else running if it has a slot, else waiting."""
 
     __slots__ = (
         "arrived",
         "block_keys",
         "cached_tokens",
         "capacity",
+        "choice",
         "computed",
         "finished",
+        "followers",
         "known",
         "last_step",
+        "leader",
         "limit",
         "min_tokens",
         "next_named",
@@ -36,16 +39,17 @@ class Sequence:
         "total",
     )
 
-    def __init__(self, request: Request, arrival: int, arrived: float, limit: int):
+    def __init__(self, request: Request, branch: Branch, arrival: int, arrived: float, limit: int):
         self.request = request
+        self.choice = branch.choice
         self.prompt = request.prompt
-        self.reply: list[int] = []  # what was sampled and came back
+        self.reply = list(branch.reply)  # what came with the request, then what was sampled and came back
         self.stop_ids = frozenset(request.stop_ids)
         self.min_tokens = request.params.min_tokens
         self.order = (-request.priority, arrival)  # smaller runs first
         self.arrived = arrived  # seconds
         self.limit = limit  # most tokens of prompt and reply together
-        self.known = len(self.prompt)  # tokens the engine knows: prompt and reply
+        self.known = len(self.prompt) + len(self.reply)  # tokens the engine knows
         self.total = self.known  # known, and those that plans in flight will sample
         self.computed = 0  # positions whose KV was computed, found cached, or is planned
         self.slot: int | None = None
@@ -55,7 +59,9 @@ class Sequence:
         self.root = b""  # made when first needed
         self.block_keys: list[bytes] = []  # of full blocks of known tokens, as far as they were needed
         self.next_named = 0  # when so many positions are known and computed, one more block has a key
-        self.cached_tokens: int | None = None  # set at first admission
+        self.cached_tokens: int | None = None  # of the prompt; set at first admission
+        self.leader: Sequence | None = None  # whose prefill this one waits for, to share its blocks
+        self.followers: list[Sequence] = []
         self.finished = False
 
     def tokens(self) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ class Runner:
         if self.comm.rank == 0:
             prompt, reply = start.tokens[: start.prompt_length], start.tokens[start.prompt_length :]
             vocab = self.forward.shard.spec.vocab
-            sampler = SamplerState(start.params, prompt, reply, start.stop_ids, vocab)
+            sampler = SamplerState(start.params, prompt, reply, start.stop_ids, vocab, start.choice)
         return _Sequence(list(start.tokens), sampler, start.params.logprobs is not None)
 
     def _sample(self, chunks: list[Chunk], logits: torch.Tensor | None) -> tuple[SampledToken, ...]:

@@ -28,7 +28,6 @@ BLOCK = 256  # ids a block; part of the noise's definition, not a tuning knob
 
 _SHIFT = BLOCK.bit_length() - 1
 _TOKEN_LEVEL, _BLOCK_LEVEL = 0, 1
-_CHOICE = 0  # a request has one reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +42,20 @@ class BlockDraws:
     pilot_noise: NDArray[np.float64]
     keys: Words  # [2, rows]
     positions: Words  # [rows]
+    choices: Words  # [rows]
 
 
 def draw_blocks(
-    seeds: Sequence[int], positions: Sequence[int], pilots: Sequence[int], vocab_size: int
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    pilots: Sequence[int],
+    vocab_size: int,
+    choices: Sequence[int] | None = None,
 ) -> BlockDraws:
     """First-level noise of every block of the vocabulary for each row. A pilot is a token that is likely to
-    come close to winning; any will do, and none changes who wins."""
+    come close to winning; any will do, and none changes who wins. `choices` are all 0 where left out."""
     seed, at, pilot = np.array(seeds, np.uint64), np.array(positions, np.uint64), np.array(pilots, np.int64)
+    choice = np.zeros(len(seed), np.uint64) if choices is None else np.array(choices, np.uint64)
     keys = np.stack([seed & np.uint64(0xFFFFFFFF), seed >> np.uint64(32)])
     blocks = np.arange(-(-vocab_size >> _SHIFT))
     ids = np.empty((len(seed), len(blocks) + 1), np.uint64)  # one call for blocks and pilots
@@ -58,13 +63,13 @@ def draw_blocks(
     ids[:, -1] = pilot
     level = np.full(len(blocks) + 1, _BLOCK_LEVEL, np.uint64)
     level[-1] = _TOKEN_LEVEL
-    words = _words(ids, at[:, None], level, keys[:, :, None])
+    words = _words(ids, at[:, None], choice[:, None], level, keys[:, :, None])
     fresh = _exponential(words)
     least = fresh[:, :-1] / BLOCK
     holder = (blocks << _SHIFT) + (words[2, :, :-1] >> np.uint64(32 - _SHIFT)).astype(np.int64)
     rows = np.arange(len(seed)), pilot >> _SHIFT
     noise = _gumbel(pilot, least[rows], holder[rows], fresh[:, -1])
-    return BlockDraws(least, -np.log(least), holder, pilot, noise, keys, at)
+    return BlockDraws(least, -np.log(least), holder, pilot, noise, keys, at, choice)
 
 
 def contenders(draws: BlockDraws, i: int, row: Row, peak: float, temperature: float, kept: Ids | None) -> Ids:
@@ -97,16 +102,17 @@ def winners(draws: BlockDraws, tokens: Sequence[Ids], z: Sequence[NDArray[np.flo
     sizes = [len(ids) for ids in tokens]
     rows = np.repeat(np.arange(len(sizes)), sizes)
     ids = np.concatenate(tokens)
-    words = _words(ids.astype(np.uint64), draws.positions[rows], np.uint64(_TOKEN_LEVEL), draws.keys[:, rows])
+    places = draws.positions[rows], draws.choices[rows]
+    words = _words(ids.astype(np.uint64), *places, np.uint64(_TOKEN_LEVEL), draws.keys[:, rows])
     block = rows, ids >> _SHIFT
     noise = _gumbel(ids, draws.least[block], draws.holder[block], _exponential(words))
     starts = np.cumsum([0, *sizes])
     return [int(tokens[i][np.argmax(z[i] + noise[starts[i] : starts[i + 1]])]) for i in range(len(sizes))]
 
 
-def _words(ids: Words, positions: Words, level: Words | np.uint64, keys: Words) -> Words:
+def _words(ids: Words, positions: Words, choices: Words, level: Words | np.uint64, keys: Words) -> Words:
     counter = np.empty((4, *ids.shape), np.uint64)
-    counter[0], counter[1], counter[2], counter[3] = ids, positions, _CHOICE, level
+    counter[0], counter[1], counter[2], counter[3] = ids, positions, choices, level
     return philox4x32(counter, keys)
 
 

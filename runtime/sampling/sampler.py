@@ -63,7 +63,8 @@ def _chosen(
     if sampled:
         seeds = [states[i].params.seed for i in sampled]
         places = [positions[i] for i in sampled]
-        draws = draw_blocks(seeds, places, [tops[i] for i in sampled], rows.shape[1])
+        choices = [states[i].choice for i in sampled]
+        draws = draw_blocks(seeds, places, [tops[i] for i in sampled], rows.shape[1], choices)
     able: list[Ids] = []
     z: list[NDArray[np.float64]] = []
     # Row by row, so that a row's work stays in the cache; only what may win is kept of it.

@@ -27,8 +27,8 @@ class SamplerState:
     """
 
     __slots__ = (
-        "_bias", "_count", "_ids", "_in_text", "_reply_length", "_size", "_slots", "_stop_ids", "params",
-        "vocab_size",
+        "_bias", "_count", "_ids", "_in_text", "_reply_length", "_size", "_slots", "_stop_ids", "choice",
+        "params", "vocab_size",
     )  # fmt: skip
 
     def __init__(
@@ -38,10 +38,13 @@ class SamplerState:
         reply: Sequence[int],
         stop_ids: Sequence[int],
         vocab_size: int,
+        choice: int = 0,
     ):
+        """`choice`: which of a request's replies this is; it keys the noise and nothing else."""
         if params.temperature > 0.0 and params.seed is None:
             raise ValueError("sampling at a temperature above 0 needs a seed")
         self.params = params
+        self.choice = choice
         self.vocab_size = vocab_size
         self._stop_ids = _tokens("stop_ids", stop_ids, vocab_size)
         self._reply_length = len(reply)

@@ -18,7 +18,8 @@ class EngineClient(Protocol):
         ...
 
     def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        """Yield each TokenOutput in order of its index, then one Finished, then end.
+        """Yield each reply's TokenOutputs in order of their index, then its Finished; end after the
+        Finished that is the request's `last`.
 
         `request.deadline` is the number of seconds that remain; the client turns it into the engine's
         clock. Closing the generator, or cancelling the task that waits in it, aborts the request in the
@@ -28,11 +29,11 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def stop_at(self, request_id: str, keep: int) -> None:
-        """End a running request after its first `keep` tokens, because they complete a stop string.
+    async def stop_at(self, request_id: str, keep: int, choice: int = 0) -> None:
+        """End a running reply after its first `keep` tokens, because they complete a stop string.
 
         The engine ends it with reason STOP and counts `keep` tokens, whatever it has sampled since. A
-        Finished still arrives in `generate`. A request that has already ended is left as it is.
+        Finished still arrives in `generate`. A reply that has already ended is left as it is.
         """
         ...
 

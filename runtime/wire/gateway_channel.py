@@ -46,10 +46,12 @@ def serve_gateway(connection: Connection, loop: EngineLoop, info: EngineInfo) ->
             if isinstance(output, TokenOutput):
                 outbox.put(encode("token", replace(output, request_id=request_id)))
                 return
-            mine.discard(request_id)
             if isinstance(output, Finished):
+                if output.last:
+                    mine.discard(request_id)
                 outbox.put(encode("finished", replace(output, request_id=request_id)))
             else:
+                mine.discard(request_id)
                 outbox.put(encode("refused", refusal(request_id, output)))
 
         return deliver
@@ -66,7 +68,7 @@ def serve_gateway(connection: Connection, loop: EngineLoop, info: EngineInfo) ->
                 loop.add(replace(body, request_id=prefix + body.request_id), deliver_to(body.request_id))
             elif kind == "abort" and isinstance(body, Abort):
                 if body.request_id in mine:  # a gateway ends its own requests only
-                    loop.abort(prefix + body.request_id, body.reason, body.keep)
+                    loop.abort(prefix + body.request_id, body.reason, body.keep, body.choice)
             elif kind == "get_load" and isinstance(body, int):
                 loop.load(lambda load, number=body: outbox.put(_load_frame(number, load)))
             else:
@@ -132,16 +134,16 @@ class EngineChannel:
                 if isinstance(output, TramontaneError):
                     ended = True
                     raise output
-                ended = isinstance(output, Finished)
+                ended = isinstance(output, Finished) and output.last
                 yield output
         finally:
             del self._inboxes[request.request_id]
             if not ended and self._gone is None:
                 self._send("abort", Abort(request.request_id, FinishReason.CANCELLED))
 
-    async def stop_at(self, request_id: str, keep: int) -> None:
+    async def stop_at(self, request_id: str, keep: int, choice: int = 0) -> None:
         self._check()
-        self._send("abort", Abort(request_id, FinishReason.STOP, keep))
+        self._send("abort", Abort(request_id, FinishReason.STOP, keep, choice))
 
     async def load(self) -> Load:
         self._check()

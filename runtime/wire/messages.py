@@ -29,7 +29,7 @@ from runtime.types import (
     TokenOutput,
 )
 
-PROTOCOL = 1  # raised when a message changes its meaning
+PROTOCOL = 2  # raised when a message changes its meaning
 
 
 class WireError(TramontaneError):
@@ -48,9 +48,12 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
+    """Ends a request, or with `choice` one of its replies."""
+
     request_id: str
     reason: FinishReason
     keep: int | None = None
+    choice: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,19 +22,19 @@ def store(before: bytes, position: int, token: int) -> bytes:
     return hashlib.sha256(before + b"%d:%d" % (position, token)).digest()[:8]
 
 
-def sample(kv: list[bytes], seed: int) -> int:
+def sample(kv: list[bytes], seed: int, choice: int) -> int:
     """The token after the positions whose KV is given."""
-    return hashlib.sha256(b"%d" % seed + b"".join(kv)).digest()[0] % VOCABULARY
+    return hashlib.sha256(b"%d.%d" % (seed, choice) + b"".join(kv)).digest()[0] % VOCABULARY
 
 
-def reference(request: Request, context: int) -> tuple[list[int], FinishReason]:
-    """The whole reply and why it ends, computed alone and in order."""
+def reference(request: Request, context: int, choice: int = 0) -> tuple[list[int], FinishReason]:
+    """The whole reply of a choice and why it ends, computed alone and in order."""
     kv: list[bytes] = []
     for position, token in enumerate(request.prompt):
         kv.append(store(kv[-1] if kv else b"", position, token))
     reply: list[int] = []
     while True:
-        token = sample(kv, request.params.seed)
+        token = sample(kv, request.params.seed, choice)
         reply.append(token)
         if token in request.stop_ids and len(reply) > request.params.min_tokens:
             return reply, FinishReason.STOP
@@ -112,7 +112,7 @@ class Executor:
         slot.computed = end
         if not chunk.samples:
             return None
-        slot.tokens.append(sample(kv, slot.start.params.seed))
+        slot.tokens.append(sample(kv, slot.start.params.seed, slot.start.choice))
         return slot.tokens[-1]
 
     def take_result(self) -> StepResult:

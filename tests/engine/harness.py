@@ -25,11 +25,16 @@ def request(
 
 @dataclass
 class Stream:
-    """What a client saw."""
+    """What a client saw of one reply, and what it sent along of it."""
 
     request: Request
+    choice: int = 0
     tokens: list[int] = field(default_factory=list)
     finished: Finished | None = None
+
+
+def stream_name(request_id: str, choice: int) -> str:
+    return f"{request_id}/{choice}" if choice else request_id
 
 
 class Harness:
@@ -44,11 +49,19 @@ class Harness:
 
     def add(self, request: Request) -> None:
         outputs = self.engine.add(request, self.now)
-        self.streams[request.request_id] = Stream(request)
+        for branch in request.branches:
+            name = stream_name(request.request_id, branch.choice)
+            self.streams[name] = Stream(request, branch.choice, list(branch.reply))
         self.receive(outputs)
 
-    def abort(self, name: str, reason: FinishReason = FinishReason.CANCELLED, keep: int | None = None):
-        self.receive(self.engine.abort(name, reason, keep))
+    def abort(
+        self,
+        name: str,
+        reason: FinishReason = FinishReason.CANCELLED,
+        keep: int | None = None,
+        choice: int | None = None,
+    ):
+        self.receive(self.engine.abort(name, reason, keep, choice))
 
     def tick(self, seconds: float) -> None:
         self.now += seconds
@@ -77,10 +90,12 @@ class Harness:
     def receive(self, outputs: list[Output]) -> None:
         self.engine.check()
         for output in outputs:
-            stream = self.streams[output.request_id]
+            stream = self.streams[stream_name(output.request_id, output.choice)]
             assert stream.finished is None, "an output after the last"
             if isinstance(output, Finished):
                 stream.finished = output
+                others = [s for s in self.streams.values() if s.request is stream.request]
+                assert output.last == all(s.finished for s in others)
                 self._check_end(stream)
             else:
                 assert output.index == len(stream.tokens)
@@ -88,10 +103,11 @@ class Harness:
 
     def _check_end(self, stream: Stream) -> None:
         finished = stream.finished
-        tokens, reason = reference(stream.request, self.config.max_model_len)
+        tokens, reason = reference(stream.request, self.config.max_model_len, stream.choice)
         assert stream.tokens == tokens[: len(stream.tokens)]
         assert finished.prompt_tokens == len(stream.request.prompt)
-        assert 0 <= finished.cached_tokens < finished.prompt_tokens
+        goes_on = any(branch.reply for branch in stream.request.branches)
+        assert 0 <= finished.cached_tokens < finished.prompt_tokens + goes_on
         if finished.reason is FinishReason.LENGTH or finished.stop_token is not None:
             assert (stream.tokens, finished.reason) == (tokens, reason)
             assert finished.completion_tokens == len(tokens)

@@ -3,10 +3,13 @@
     engine blocks=8 block=4 seqs=4 step=16 chunk=7   a new engine; also context, waiting, flight, cache
     at 2.5                                           sets the clock
     add r1 prompt=a10 max=4 stop=7 deadline=9 priority=1 salt=x min=0
+    add r1 prompt=a10 n=3                            three choices, r1, r1/1 and r1/2
+    add r1 prompt=a10 reply=5,6                      with tokens of the reply; of two choices: reply=5,6/7
     plan                                             asks for the next plan
     result r1=7                                      the oldest plan's result; tokens not given are 900, 901..
     run                                              plan and result until both have nothing more
     abort r1 keep=2                                  with keep: as the gateway does on a stop string
+    abort r1 choice=1                                one of its choices alone
     tick / lost / load
 
 A prompt is a list of parts joined by commas: `a10` is the first ten tokens of stream a, a number is a token.
@@ -20,7 +23,17 @@ from collections import Counter, deque
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.errors import TramontaneError
-from runtime.types import Finished, FinishReason, Output, Request, SampledToken, SamplingParams, StepResult
+from runtime.types import (
+    Branch,
+    Finished,
+    FinishReason,
+    Output,
+    Request,
+    SampledToken,
+    SamplingParams,
+    StepResult,
+)
+from tests.engine.harness import stream_name
 
 _SETTINGS = {
     "blocks": "total_blocks",
@@ -81,7 +94,11 @@ class Narrator:
         self.now = float(seconds)
         return []
 
-    def _add(self, name, prompt="", max="16", min="0", stop="", deadline="", priority="0", salt=""):
+    def _add(
+        self, name, prompt="", max="16", min="0", stop="", deadline="", priority="0", salt="", n="1", reply=""
+    ):
+        known = [parse_prompt(part) for part in reply.split("/")]
+        known += [()] * (int(n) - len(known))
         request = Request(
             request_id=name,
             prompt=parse_prompt(prompt),
@@ -90,6 +107,7 @@ class Narrator:
             deadline=float(deadline) if deadline else None,
             priority=int(priority),
             cache_salt=salt,
+            branches=tuple(Branch(choice, tokens) for choice, tokens in enumerate(known)),
         )
         return self._outputs(self.engine.add(request, self.now))
 
@@ -119,7 +137,7 @@ class Narrator:
     def _name_of(self, start) -> str:
         # A start does not name its request: it is the running one in that slot.
         running = self.engine._scheduler.running
-        return next(s.request.request_id for s in running if s.slot == start.slot)
+        return next(stream_name(s.request.request_id, s.choice) for s in running if s.slot == start.slot)
 
     def _result(self, **given: str) -> list[str]:
         if not self.in_flight:
@@ -143,9 +161,11 @@ class Narrator:
             self.engine.check()
         return said
 
-    def _abort(self, name: str, keep: str = "") -> list[str]:
+    def _abort(self, name: str, keep: str = "", choice: str = "") -> list[str]:
         if keep:
             return self._outputs(self.engine.abort(name, FinishReason.STOP, int(keep)))
+        if choice:
+            return self._outputs(self.engine.abort(name, choice=int(choice)))
         return self._outputs(self.engine.abort(name))
 
     def _tick(self) -> list[str]:
@@ -168,14 +188,15 @@ class Narrator:
     def _outputs(self, outputs: list[Output]) -> list[str]:
         said = []
         for output in outputs:
+            name = stream_name(output.request_id, output.choice)
             if isinstance(output, Finished):
                 stop = f" at token {output.stop_token}" if output.stop_token is not None else ""
                 detail = f" ({output.detail})" if output.detail else ""
                 said.append(
-                    f"{output.request_id} ends: {output.reason.value}{stop}{detail}; "
+                    f"{name} ends: {output.reason.value}{stop}{detail}; "
                     f"prompt {output.prompt_tokens}, cached {output.cached_tokens}, "
                     f"reply {output.completion_tokens}"
                 )
             else:
-                said.append(f"{output.request_id}[{output.index}] = {output.token}")
+                said.append(f"{name}[{output.index}] = {output.token}")
         return said

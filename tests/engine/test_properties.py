@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from runtime.config import EngineConfig
 from runtime.errors import InvalidArgument, QueueFull
-from runtime.types import FinishReason, Request, SamplingParams
+from runtime.types import Branch, FinishReason, Request, SamplingParams
 from tests.engine.executor import VOCABULARY, reference
 from tests.engine.harness import Harness
 
@@ -50,6 +52,19 @@ def requests(draw, name: str, now: float = 0.0, deadlines: bool = True) -> Reque
     )
 
 
+@st.composite
+def branched(draw, request: Request, context: int) -> Request:
+    """The request with several choices, at times, and with beginnings of their replies, at times."""
+    if not 0 < len(request.prompt) < context or request.params.max_tokens == 0:
+        return request  # to be refused
+    branches = []
+    for choice in draw(st.sampled_from([[0], [0], [0, 1], [0, 1, 2], [2, 0], [5]])):
+        whole, _ = reference(request, context, choice)
+        known = draw(st.sampled_from([0, 0, draw(st.integers(0, len(whole) - 1))]))
+        branches.append(Branch(choice, tuple(whole[:known])))
+    return replace(request, branches=tuple(branches))
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Events in any order, results one plan or more behind."""
 
@@ -64,8 +79,8 @@ class EngineMachine(RuleBasedStateMachine):
     def add(self, data) -> str:
         self.count += 1
         name = f"r{self.count}"
-        request = data.draw(requests(name, self.harness.now))
         harness, config = self.harness, self.harness.config
+        request = data.draw(branched(data.draw(requests(name, harness.now)), config.max_model_len))
         try:
             harness.add(request)
         except InvalidArgument as error:
@@ -76,11 +91,13 @@ class EngineMachine(RuleBasedStateMachine):
                 limit = min(limit, prompt + wanted)
             if error.field == "prompt":
                 assert prompt == 0 or prompt > room
+            elif error.field == "n":
+                assert len(request.branches) > config.max_waiting
             else:
                 assert error.field == "max_tokens"
                 assert wanted == 0 or limit - 1 > config.total_blocks * config.block_size
         except QueueFull as error:
-            assert harness.engine.load().waiting >= config.max_waiting
+            assert harness.engine.load().waiting + len(request.branches) > config.max_waiting
             assert error.retry_after > 0
         else:
             load = harness.engine.load()
@@ -92,6 +109,10 @@ class EngineMachine(RuleBasedStateMachine):
     def abort(self, name: str) -> None:
         self.harness.abort(name)
         self.harness.abort(name)
+
+    @rule(name=names, choice=st.sampled_from([0, 0, 1, 2, 5]))
+    def abort_one_choice(self, name: str, choice: int) -> None:
+        self.harness.abort(name, choice=choice)
 
     @rule(name=consumes(names), data=st.data())
     def stop_string(self, name: str, data) -> None:
@@ -159,7 +180,8 @@ def test_every_accepted_request_ends_with_its_whole_reply(data, config, steps_in
     harness = Harness(config, steps_in_flight)
     for index in range(data.draw(st.integers(1, 10))):
         try:
-            harness.add(data.draw(requests(f"r{index}", deadlines=False)))
+            asked = data.draw(requests(f"r{index}", deadlines=False))
+            harness.add(data.draw(branched(asked, config.max_model_len)))
         except (InvalidArgument, QueueFull):
             continue
         for _ in range(data.draw(st.integers(0, 4))):
@@ -168,4 +190,5 @@ def test_every_accepted_request_ends_with_its_whole_reply(data, config, steps_in
                 harness.deliver()
     harness.finish()
     for stream in harness.streams.values():
-        assert (stream.tokens, stream.finished.reason) == reference(stream.request, config.max_model_len)
+        whole = reference(stream.request, config.max_model_len, stream.choice)
+        assert (stream.tokens, stream.finished.reason) == whole

@@ -29,13 +29,13 @@ def exponential(words: Sequence[int]) -> float:
     return -math.log((bits + 0.5) / 2**52)
 
 
-def gumbel(seed: int, position: int, token: int) -> float:
+def gumbel(seed: int, position: int, token: int, choice: int = 0) -> float:
     """Noise of a token: the block's least exponential for the one that holds it, more for the others."""
     key = (seed & MASK, seed >> 32)
-    block = philox((token // 256, position, 0, 1), key)
+    block = philox((token // 256, position, choice, 1), key)
     e = exponential(block) / 256
     if token % 256 != block[2] >> 24:
-        e += exponential(philox((token, position, 0, 0), key))
+        e += exponential(philox((token, position, choice, 0), key))
     return -math.log(e)
 
 
@@ -101,6 +101,7 @@ def token(
     reply: Sequence[int],
     stop_ids: Sequence[int],
     position: int,
+    choice: int = 0,
 ) -> int:
     logits = adjusted(logits, params, prompt, reply, stop_ids)
     peak = max(logits)
@@ -109,7 +110,7 @@ def token(
     best, chosen = -math.inf, -1
     for candidate in sorted(survivors(logits, params)):
         value = (logits[candidate] - peak) / params.temperature
-        value += gumbel(params.seed, position, candidate)
+        value += gumbel(params.seed, position, candidate, choice)
         if value > best:
             best, chosen = value, candidate
     return chosen

@@ -33,12 +33,12 @@ def test_philox_gives_the_published_answers():
         assert reference.philox(_hex(counter), _hex(key)) == _hex(answer)
 
 
-def every_noise(seed: int, position: int, vocab: int) -> np.ndarray:
+def every_noise(seed: int, position: int, vocab: int, choice: int = 0) -> np.ndarray:
     """Gumbel noise of the whole vocabulary, from the first level's draws and a fresh one for each token."""
-    first = draw_blocks([seed], [position], [0], vocab)
+    first = draw_blocks([seed], [position], [0], vocab, [choice])
     tokens = np.arange(vocab)
     counter = np.zeros((4, vocab), np.uint64)
-    counter[0], counter[1] = tokens, position
+    counter[0], counter[1], counter[2] = tokens, position, choice
     words = philox4x32(counter, np.array([[seed & 0xFFFFFFFF], [seed >> 32]], np.uint64))
     fresh = -np.log((((words[0] << 20) | (words[1] >> 12)) + 0.5) / 2**52)
     block = tokens // 256
@@ -49,6 +49,14 @@ def every_noise(seed: int, position: int, vocab: int) -> np.ndarray:
 def test_noise_is_the_reference_s(seed, position):
     expected = [reference.gumbel(seed, position, token) for token in range(600)]
     np.testing.assert_allclose(every_noise(seed, position, 600), expected, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("choice", [1, 7, 2**32 - 1])
+def test_choices_have_noise_of_their_own(choice):
+    expected = [reference.gumbel(3, 8, token, choice) for token in range(600)]
+    np.testing.assert_allclose(every_noise(3, 8, 600, choice), expected, rtol=1e-13, atol=1e-15)
+    first, other = np.exp(-every_noise(3, 8, 600)), np.exp(-every_noise(3, 8, 600, choice))
+    assert abs(np.corrcoef(first, other)[0, 1]) < 5 / math.sqrt(600)
 
 
 def test_a_pilot_s_noise_is_its_token_s():

@@ -68,17 +68,17 @@ def case(draw: st.DrawFn):
     return logits, params, prompt, reply, stops, draw(st.integers(0, 2**32 - 1))
 
 
-@given(case())
+@given(case(), st.sampled_from([0, 0, 1, 2**32 - 1]))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_token_is_the_reference_s(example):
+def test_token_is_the_reference_s(example, choice):
     logits, params, prompt, reply, stops, position = example
     allowed = reference.adjusted(logits.tolist(), params, prompt, reply, stops)
     assume(max(allowed) > -math.inf)
     try:
-        expected = reference.token(logits.tolist(), params, prompt, reply, stops, position)
+        expected = reference.token(logits.tolist(), params, prompt, reply, stops, position, choice)
     except reference.NearTie:
         assume(False)
-    state = SamplerState(params, prompt, reply, stops, len(logits))
+    state = SamplerState(params, prompt, reply, stops, len(logits), choice)
     assert sample(torch.tensor(logits)[None], [state], [position]) == [Choice(expected)]
 
 
