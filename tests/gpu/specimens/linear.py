@@ -1,0 +1,96 @@
+"""The GEMM at the shapes of a 70B model: decode and prefill, every family of formats."""
+
+from __future__ import annotations
+
+from kernels.gpu import linear
+from kernels.gpu.chunks import FIELDS
+from kernels.gpu.codes import assembly
+from kernels.gpu.planar import Format
+from tests.gpu.specimens import Specimen
+
+Q4_K = Format(4, 0, 0, 32, 256, 1, True)
+Q5_K = Format(4, 1, 0, 32, 256, 1, True)
+Q6_K = Format(4, 2, 32, 16, 256, 2, False)
+Q3_K = Format(2, 1, 4, 16, 256, 2, False)
+Q2_K = Format(2, 0, 0, 16, 256, 3, True)
+Q8_0 = Format(8, 0, 0, 32, 32, 0, False)
+INT4 = Format(4, 0, 0, 128, 128, 0, True)  # GPTQ, AWQ
+
+# Lane-instructions a weight that leave the memory the limit on one H200: 128 lanes x 132 multiprocessors x
+# 1.98 GHz against 4.3 TB/s, by bits a weight.
+BUDGET = {INT4: 4.0, Q4_K: 4.5, Q5_K: 5.5, Q6_K: 6.4}
+
+
+def specimen(
+    name: str,
+    first: Format,
+    second: Format | None = None,
+    *,
+    pair: int = 0,
+    width: int = 8192,
+    weights: int = 64,
+    tokens: int = 16,
+    warps: int = 4,
+    stages: int = 3,
+    depth: int = 0,
+    splits: int = 1,
+    architectures: tuple[int, ...] = (80, 90, 100),
+) -> Specimen:
+    second = second or first
+    signature = {"x": "*fp16", "leaves": "*i32", "spans": "*i32", "pending": "*fp32"}
+    signature["out"] = "*fp16" if pair == 2 else "*fp32"
+    signature |= {k: "i32" for k in ("M", "N", "stride", "work", "tiles_first")}
+    constants: dict[str, object] = {
+        "WIDTH": width, "SPLITS": splits, "DEPTH": depth, "PAIR": pair,
+        "BN": weights, "BM": tokens, "FIELDS": FIELDS,
+    }  # fmt: skip
+    for side, f in zip("AB", (first, second), strict=True):
+        plane = "*i8" if f.low == 8 else "*i16"
+        signature |= {f"low_{side}": plane, f"high_{side}": plane}
+        signature |= {f"{k}_{side}": "*i32" for k in ("d", "sub", "mins", "shifts")}
+        signature |= {f"{k}_{side}": "i32" for k in ("rows", "d_words", "sub_words", "min_words")}
+        constants |= {f"{k}_{side}": v for k, v in linear._constants(f).items()}
+        constants[f"ASSEMBLY_{side}"] = None if f.low == 8 else assembly(f.low, f.high, f.zero)
+    return Specimen(
+        name,
+        linear._kernel,
+        signature,
+        constants,
+        warps=warps,
+        stages=stages,
+        matrix=True,
+        weights=weights * 128 * (2 if pair == 2 else 1),
+        per_weight=max(BUDGET.get(first, 8.0), BUDGET.get(second, 8.0)) if tokens == 16 else 12.0,
+        unaligned=("M", "work", "tiles_first"),
+        architectures=architectures,
+    )
+
+
+def specimens() -> list[Specimen]:
+    return [
+        specimen("int4, decode", INT4, weights=128),
+        specimen("Q4_K, decode", Q4_K, weights=128),
+        specimen("Q5_K, decode", Q5_K, weights=128),
+        specimen("Q6_K, decode", Q6_K, weights=128),
+        specimen("Q3_K, decode", Q3_K, weights=128, architectures=(90,)),
+        specimen("Q2_K, decode", Q2_K, weights=128, architectures=(90,)),
+        specimen("Q8_0, decode", Q8_0, weights=128, architectures=(90,)),
+        specimen("Q4_K and Q6_K side by side, decode", Q4_K, Q6_K, pair=1, weights=128, architectures=(90,)),
+        specimen("Q4_K, gate and up, decode", Q4_K, pair=2, architectures=(80, 90)),
+        specimen(
+            "Q4_K, gate and up, decode, wide", Q4_K, pair=2, weights=128, warps=8, architectures=(90, 100)
+        ),
+        specimen("Q4_K, gate and up, prefill", Q4_K, pair=2, tokens=64, depth=1, architectures=(90, 100)),
+        specimen("Q4_K, prefill", Q4_K, weights=128, tokens=128, warps=8, depth=1, architectures=(90, 100)),
+        specimen("Q4_K, prefill on Ampere", Q4_K, tokens=64, depth=1, architectures=(80,)),
+        specimen(
+            "Q6_K, units, prefill",
+            Q6_K,
+            width=3584,
+            weights=128,
+            tokens=128,
+            warps=8,
+            depth=3,
+            architectures=(90,),
+        ),
+    ]
