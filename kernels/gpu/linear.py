@@ -120,7 +120,7 @@ def _run(
             t if t is not None else none
             for t in (weight.low, weight.high, weight.d, weight.sub, weight.mins, _shifts(f, x.device))
         ]
-        arguments += [weight.rows, weight.d.shape[1], _height(weight.sub), _height(weight.mins)]
+        arguments += [weight.rows, _height(weight.d), _height(weight.sub), _height(weight.mins)]
         constants |= {f"{k}_{side}": v for k, v in _constants(f).items()}
     launch(
         _kernel,
@@ -170,7 +170,7 @@ def _constants(f: Format) -> dict[str, object]:
         "SPAN": f.span,
         "SUB": f.sub,
         "MINIMUM": f.minimum,
-        "ASSEMBLY": None if INTERPRETED or f.low == 8 else assembly(f.low, f.high, f.zero),
+        "ASSEMBLY": None if INTERPRETED or f.low >= 8 else assembly(f.low, f.high, f.zero),
     }
 
 
@@ -222,6 +222,7 @@ def _words(
     n,
     rows,
     block,
+    LOW: tl.constexpr,
     GROUP: tl.constexpr,
     SPAN: tl.constexpr,
     SUB: tl.constexpr,
@@ -229,6 +230,8 @@ def _words(
 ):
     """The words that hold the scales of block `block` of rows `n`, each int32 [BN]: up to 4 of d, 2 of sub,
     2 of mins; where there are fewer, the first stands in and is not read. (8 of d in groups of 16.)"""
+    if LOW == 16:
+        return n, n, n, n, n, n, n, n, n, n, n, n
     PER: tl.constexpr = SPAN if MINIMUM else 2 * SPAN  # columns a word of d
     MANY: tl.constexpr = 128 // PER if PER < 128 else 1
     at = d + (block * MANY if PER <= 128 else block // (PER // 128)) * rows + n
@@ -269,12 +272,15 @@ def _scaled(
     codes,
     words,
     QUARTER: tl.constexpr,
+    LOW: tl.constexpr,
     GROUP: tl.constexpr,
     SPAN: tl.constexpr,
     SUB: tl.constexpr,
     MINIMUM: tl.constexpr,
 ):
     """Codes [BN, 32] of one quarter of a block, with the block's words -> weights, fp16."""
+    if LOW == 16:
+        return codes
     left = (tl.arange(0, 32) < 16)[None, :]
     if SUB == 0 and SPAN == 16:
         one, two = words[2 * QUARTER], words[2 * QUARTER + 1]
@@ -332,7 +338,7 @@ def _pieces(
     """Codes of block `block` of rows `n`: four fp16 [BN, 32]."""
     c = tl.arange(0, 32)
     row = n[:, None].to(tl.int64) * BLOCKS + block
-    if LOW == 8:
+    if LOW >= 8:
         at = low + row * 128 + c[None, :]
         a = tl.load(at).to(tl.float16)
         b = tl.load(at + 32).to(tl.float16)
@@ -421,7 +427,7 @@ def _sum(
         start = tl.load(leaves + leaf * FIELDS + 1) // 128
         stop = tl.load(leaves + leaf * FIELDS + 2) // 128
         additions = tl.load(leaves + leaf * FIELDS + 3)
-        PER_LOW_A: tl.constexpr = BLOCKS * (128 if LOW_A == 8 else 8 * LOW_A)
+        PER_LOW_A: tl.constexpr = BLOCKS * (128 if LOW_A >= 8 else 8 * LOW_A)
         low_a = low_A + unit * rows_A * PER_LOW_A
         high_a = high_A + unit * rows_A * (BLOCKS * 8 * HIGH_A)
         d_a = d_A + unit * rows_A * d_words_A
@@ -433,13 +439,15 @@ def _sum(
             pieces = _pieces(
                 low_a, high_a, shift_low_A, shift_high_A, n, block, BLOCKS, LOW_A, HIGH_A, ZERO_A, ASSEMBLY_A
             )
-            words = _words(d_a, sub_a, mins_a, n, rows_A, block, GROUP_A, SPAN_A, SUB_A, MINIMUM_A)
+            words = _words(d_a, sub_a, mins_a, n, rows_A, block, LOW_A, GROUP_A, SPAN_A, SUB_A, MINIMUM_A)
             if BOTH:
                 pieces_B = _pieces(
                     low_B, high_B, shift_low_B, shift_high_B, n, block,
                     BLOCKS, LOW_B, HIGH_B, ZERO_B, ASSEMBLY_B,
                 )  # fmt: skip
-                words_B = _words(d_B, sub_B, mins_B, n, rows_B, block, GROUP_B, SPAN_B, SUB_B, MINIMUM_B)
+                words_B = _words(
+                    d_B, sub_B, mins_B, n, rows_B, block, LOW_B, GROUP_B, SPAN_B, SUB_B, MINIMUM_B
+                )
             for quarter in tl.static_range(4):
                 at = block * 128 + quarter * 32 + c
                 if WIDTH % 128:
@@ -448,10 +456,10 @@ def _sum(
                     )
                 else:
                     tokens = tl.load(x_rows + (unit * WIDTH + at)[None, :])
-                w = _scaled(pieces[quarter], words, quarter, GROUP_A, SPAN_A, SUB_A, MINIMUM_A)
+                w = _scaled(pieces[quarter], words, quarter, LOW_A, GROUP_A, SPAN_A, SUB_A, MINIMUM_A)
                 total = tl.dot(w, tl.trans(tokens), total)
                 if BOTH:
-                    w = _scaled(pieces_B[quarter], words_B, quarter, GROUP_B, SPAN_B, SUB_B, MINIMUM_B)
+                    w = _scaled(pieces_B[quarter], words_B, quarter, LOW_B, GROUP_B, SPAN_B, SUB_B, MINIMUM_B)
                     total_B = tl.dot(w, tl.trans(tokens), total_B)
         if DEPTH == 0:
             # At most two sums are ever alive: the tree is a line.

@@ -45,7 +45,8 @@ class Planar(Protocol):
 class Format:
     """What the kernel must know at compile time.
 
-    low, high: bits of the planes (high 0: one plane; low 8: plain int8 codes). zero: subtracted from codes.
+    low, high: bits of the planes (high 0: one plane; low 8: plain int8 codes; low 16: no codes at all, but
+    weights in fp16, to which the rest does not apply). zero: subtracted from codes.
     group: columns a scale; span: columns a word of d (with `minimum`), or a half of one (without).
     sub: 0 none, 1 unsigned bytes, 2 signed bytes, 3 nibbles: scale low, minimum high."""
 
@@ -62,7 +63,8 @@ class Format:
 class PlanarWeight:
     """`units` matrices [rows, width] side by side along K, all of one format.
 
-    low, high: int16 [units, rows, words] (int8 codes [units, rows, padded width] where low bits are 8).
+    low, high: int16 [units, rows, words] (int8 codes or fp16 weights [units, rows, padded width] where low
+    bits are 8 or 16).
     d: int32 [units, words, rows]: fp16 d in the low half and m in the high one, or two d in turn.
     sub, mins: int32 [units, words, rows], four bytes of neighbouring groups a word."""
 
@@ -72,7 +74,7 @@ class PlanarWeight:
     units: int
     low: torch.Tensor
     high: torch.Tensor | None
-    d: torch.Tensor
+    d: torch.Tensor | None
     sub: torch.Tensor | None
     mins: torch.Tensor | None
 
@@ -119,6 +121,25 @@ def prepare(parts: Sequence[Planar] | Planar) -> PlanarWeight:
         stack([part.planes[0] for part in units]),
         stack([part.planes[1] for part in units]) if high else None,
         *(stack([p[i] for p in packed]) for i in (2, 3, 4)),
+    )
+
+
+def prepare_dense(parts: Sequence[torch.Tensor] | torch.Tensor) -> PlanarWeight:
+    """Dense weights [rows, width] of any floating type, one matrix or one a unit, kept in fp16. Raises
+    ValueError for values beyond fp16's range."""
+    units = list(parts) if isinstance(parts, Sequence) else [parts]
+    first = units[0]
+    if any(part.shape != first.shape for part in units):
+        raise ValueError("linear: units differ in shape, and need a weight each")
+    rows, width = first.shape
+    low = torch.zeros(len(units), rows, -(-width // BLOCK) * BLOCK, dtype=torch.float16, device=first.device)
+    for unit, part in enumerate(units):
+        low[unit, :, :width] = part
+    wrong = (~low.isfinite()).nonzero()
+    if len(wrong):
+        raise ValueError(f"linear: a weight of row {int(wrong[0, 1])} does not fit fp16")
+    return PlanarWeight(
+        Format(16, 0, 0, 128, 128, 0, False), rows, width, len(units), low, None, None, None, None
     )
 
 

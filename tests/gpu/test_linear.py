@@ -9,7 +9,7 @@ import torch
 from kernels.gpu import linear as gemm
 from kernels.gpu.chunks import CHUNK, schedule
 from kernels.gpu.linear import Tiling, gated_linear, linear, linear_pair
-from kernels.gpu.planar import PlanarWeight, dequantize, prepare
+from kernels.gpu.planar import PlanarWeight, dequantize, prepare, prepare_dense
 from kernels.gpu.tree import merges
 from runtime.weights.planar import Planar
 from tests.gpu.device import DEVICE, ON_GPU
@@ -56,6 +56,17 @@ def test_every_type(kind: str) -> None:
     assert error(product(x, on_device(planar)), x.cpu().double() @ exact.t()) < 1e-6
     # fp16 weights lose at most 2**-11 of scale and of offset, and of their sum
     assert error(exact, planar.dequantize().double()) < 5e-4
+
+
+def test_dense_weights() -> None:
+    w = 0.02 * torch.randn(70, 200, device=DEVICE)
+    x = torch.randn(5, 200, device=DEVICE).half()
+    wanted = x.cpu().double() @ w.cpu().half().double().t()
+    assert error(product(x, prepare_dense(w)), wanted) < 1e-6
+    units = prepare_dense([w[:, :100], w[:, 100:]])
+    assert error(product(x, units, Tiling(split=1)), wanted) < 1e-6
+    with pytest.raises(ValueError, match="row 3 does not fit fp16"):
+        prepare_dense(w.index_fill(0, torch.tensor([3], device=DEVICE), 1e6))
 
 
 @pytest.mark.parametrize(

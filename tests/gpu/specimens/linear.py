@@ -14,6 +14,7 @@ Q6_K = Format(4, 2, 32, 16, 256, 2, False)
 Q3_K = Format(2, 1, 4, 16, 256, 2, False)
 Q2_K = Format(2, 0, 0, 16, 256, 3, True)
 Q8_0 = Format(8, 0, 0, 32, 32, 0, False)
+DENSE = Format(16, 0, 0, 128, 128, 0, False)
 INT4 = Format(4, 0, 0, 128, 128, 0, True)  # GPTQ, AWQ
 
 # Lane-instructions a weight that leave the memory the limit on one H200: 128 lanes x 132 multiprocessors x
@@ -45,12 +46,12 @@ def specimen(
         "BN": weights, "BM": tokens, "FIELDS": FIELDS,
     }  # fmt: skip
     for side, f in zip("AB", (first, second), strict=True):
-        plane = "*i8" if f.low == 8 else "*i16"
+        plane = {8: "*i8", 16: "*fp16"}.get(f.low, "*i16")
         signature |= {f"low_{side}": plane, f"high_{side}": plane}
         signature |= {f"{k}_{side}": "*i32" for k in ("d", "sub", "mins", "shifts")}
         signature |= {f"{k}_{side}": "i32" for k in ("rows", "d_words", "sub_words", "min_words")}
         constants |= {f"{k}_{side}": v for k, v in linear._constants(f).items()}
-        constants[f"ASSEMBLY_{side}"] = None if f.low == 8 else assembly(f.low, f.high, f.zero)
+        constants[f"ASSEMBLY_{side}"] = None if f.low >= 8 else assembly(f.low, f.high, f.zero)
     return Specimen(
         name,
         linear._kernel,
@@ -74,6 +75,7 @@ def specimens() -> list[Specimen]:
         specimen("Q6_K, decode", Q6_K, weights=128),
         specimen("Q3_K, decode", Q3_K, weights=128, architectures=(90,)),
         specimen("Q2_K, decode", Q2_K, weights=128, architectures=(90,)),
+        specimen("dense, decode", DENSE, weights=128, architectures=(90,)),
         specimen("Q8_0, decode", Q8_0, weights=128, architectures=(90,)),
         specimen("Q4_K and Q6_K side by side, decode", Q4_K, Q6_K, pair=1, weights=128, architectures=(90,)),
         specimen("Q4_K, gate and up, decode", Q4_K, pair=2, architectures=(80, 90)),
