@@ -57,7 +57,10 @@ class UnitSum:
             partials[into] = _add(partials[into], partials[other])
         if self.comm.size == 1:
             return partials[self._first[0]].float()
-        mine = [partials[unit] for unit in self._first]
+        return self.exchange([partials[unit] for unit in self._first], m, width)
+
+    def exchange(self, mine: list[torch.Tensor], m: int, width: int) -> torch.Tensor:
+        """Fold across ranks: `mine` holds the sum [m, width] of each of `spans[rank]`, in their order."""
         if m * width * 4 >= LARGE:
             return self._sliced(mine, m, width)
         return self._whole(mine, m, width)
