@@ -110,6 +110,10 @@ class Planar:
     def to(self, device: torch.device | str) -> Planar:
         return self._map(lambda tensor: tensor.to(device))
 
+    def contiguous(self) -> Planar:
+        """The same numbers, every tensor in row-major order; shared where it is so already."""
+        return self._map(torch.Tensor.contiguous)
+
     @staticmethod
     def cat_rows(parts: Sequence[Planar]) -> Planar:
         """Stacks what has the same type, columns and groups. ValueError if they differ."""
