@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
 import triton
 
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python, on CPU tensors
+_ONE_AT_A_TIME = threading.Lock()  # the interpreter patches Triton's own functions while it runs a kernel
 OLDEST = (8, 0)  # compute capability: fp16 matrix instructions and asynchronous copies
 
 
@@ -16,8 +18,14 @@ def launch(kernel, grid: Sequence[int], *args, warps: int = 4, stages: int = 1, 
 
     No product is fused with a sum behind the source's back: where a fused one is wanted, `tl.fma` says so.
     """
-    if all(grid):
-        kernel[tuple(grid)](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=False, **constants)
+    if not all(grid):
+        return
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    if INTERPRETED:
+        with _ONE_AT_A_TIME:
+            kernel[tuple(grid)](*args, **options, **constants)
+    else:
+        kernel[tuple(grid)](*args, **options, **constants)
 
 
 def check(
