@@ -6,7 +6,15 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from runtime.types import Finished, FinishReason, Request, SamplingParams, TokenLogprob, TokenOutput
+from runtime.types import (
+    Branch,
+    Finished,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+    TokenOutput,
+)
 
 
 @dataclass(frozen=True)
@@ -21,18 +29,29 @@ class Reply:
 
 
 async def ask(client, request: Request) -> tuple[Reply, Finished]:
-    """A whole reply from an `EngineClient`."""
-    tokens: list[TokenOutput] = []
-    end: Finished | None = None
+    """All that an `EngineClient` sends of the one reply that is asked for."""
+    (found,) = await ask_choices(client, request)
+    return found
+
+
+async def ask_choices(client, request: Request) -> list[tuple[Reply, Finished]]:
+    """All that an `EngineClient` sends of each branch's reply, in the branches' order."""
+    tokens: dict[int, list[TokenOutput]] = {branch.choice: [] for branch in request.branches}
+    ends: dict[int, Finished] = {}
     async for output in client.generate(request):
-        assert end is None, "something came after the last output"
+        assert output.choice not in ends, "something came after the last output"
         if isinstance(output, Finished):
-            end = output
+            ends[output.choice] = output
+            assert output.last == (len(ends) == len(tokens))
         else:
-            tokens.append(output)
-    assert end is not None, "a stream ended without its last output"
-    assert [t.index for t in tokens] == list(range(len(tokens)))
-    assert end.completion_tokens == len(tokens)
+            tokens[output.choice].append(output)
+    return [_reply(branch, tokens[branch.choice], ends[branch.choice]) for branch in request.branches]
+
+
+def _reply(branch: Branch, tokens: list[TokenOutput], end: Finished) -> tuple[Reply, Finished]:
+    known = len(branch.reply)
+    assert [t.index for t in tokens] == list(range(known, known + len(tokens)))
+    assert end.completion_tokens == known + len(tokens)
     reply = Reply(
         tuple(t.token for t in tokens),
         tuple(t.logprob for t in tokens),

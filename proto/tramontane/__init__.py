@@ -12,11 +12,13 @@ from tramontane.errors import (
 )
 from tramontane.types import (
     Candidate,
+    Choice,
     Chunk,
     FinishReason,
     Load,
     Model,
     Reply,
+    Resume,
     TokenLogprobs,
     Usage,
 )
@@ -26,6 +28,7 @@ __all__ = [
     "AsyncStream",
     "Cancelled",
     "Candidate",
+    "Choice",
     "Chunk",
     "Client",
     "DeadlineExceeded",
@@ -37,6 +40,7 @@ __all__ = [
     "ModelNotFound",
     "Overloaded",
     "Reply",
+    "Resume",
     "Stream",
     "TokenLogprobs",
     "Unavailable",

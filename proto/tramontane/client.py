@@ -10,22 +10,28 @@
         print(stream.reply.usage)
 
 Each asks for a reply in two ways: `generate` and `chat` return it whole, `stream_generate` and
-`stream_chat` as it grows. Options are those of messages.Options; all failures are errors.Error. Needs
-grpcio and protobuf alone.
+`stream_chat` as it grows. Where a server goes away meanwhile, the reply is taken up where it was, by itself,
+from whatever server the target then leads to. Options are those of messages.Options; all failures are
+errors.Error. Needs grpcio and protobuf alone.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Unpack
 
 import grpc
 
 from tramontane import messages as make
 from tramontane.errors import Cancelled, Error, from_rpc
+from tramontane.gathered import Gathered, advances
 from tramontane.messages import Messages, Options, Prompt
-from tramontane.types import Chunk, Load, Model, Reply
+from tramontane.retry import RESUMES, Retry
+from tramontane.types import Chunk, Load, Model, Reply, Resume
+from tramontane.v1 import generate_pb2
 from tramontane.v1 import inference_service_pb2 as pb
 from tramontane.v1.inference_service_pb2_grpc import InferenceServiceStub
 
@@ -37,24 +43,48 @@ _CHANNEL = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
+    # A server that comes back is found soon; gRPC's own waits grow to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 
 
 class Stream:
     """A reply that grows: iterate for its chunks. Leaving its `with` block early cancels it."""
 
-    def __init__(self, call: grpc.Call):
-        self._call = call
-        self._gathered = make.Gathered()
+    def __init__(
+        self,
+        method: Callable[..., grpc.Call],
+        request: generate_pb2.GenerateRequest,
+        timeout: float | None,
+        resumes: int,
+    ):
+        self._method = method
+        self._gathered = Gathered(request)
+        self._retry = Retry(resumes, timeout)
+        self._cancelled = threading.Event()
+        self._call = method(request, timeout=timeout)
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
 
     def __next__(self) -> Chunk:
-        try:
-            return self._gathered.add(next(self._call))
-        except grpc.RpcError as error:
-            raise from_rpc(error) from None
+        while True:
+            try:
+                message = next(self._call)
+            except grpc.RpcError as error:
+                failure = from_rpc(error)
+            else:
+                if advances(message):
+                    self._retry.arrived()
+                return self._gathered.add(message)
+            if self._cancelled.is_set():
+                raise failure
+            if self._cancelled.wait(self._retry.wait(failure)):
+                raise Cancelled("the call was cancelled", grpc.StatusCode.CANCELLED)
+            self._call = self._method(self._gathered.request(), timeout=self._retry.remaining())
+            if self._cancelled.is_set():  # while the call was made
+                self._call.cancel()
 
     def __enter__(self) -> Stream:
         return self
@@ -66,7 +96,13 @@ class Stream:
     def reply(self) -> Reply | None:
         """The whole reply once the last chunk has come, else None. Stands even where the stream then
         failed: its finish_reason and counts say how far it got."""
-        return self._gathered.reply()
+        return self._gathered.reply(self._retry.resumed)
+
+    @property
+    def resume(self) -> Resume | None:
+        """What has come so far, in the form that the option `resume` takes: whoever keeps it can ask for the
+        rest later, from another process. None before the first message."""
+        return self._gathered.resume()
 
     def result(self) -> Reply:
         """Read to the end; the whole reply."""
@@ -76,16 +112,21 @@ class Stream:
 
     def cancel(self) -> None:
         """Stop the reply and free what it holds on the server. Does nothing to one that has ended."""
+        self._cancelled.set()
         self._call.cancel()
 
 
 class Client:
-    """A blocking client; any number of threads may share it. `target` is HOST:PORT.
+    """A blocking client; any number of threads may share it. `target` is HOST:PORT, or any other name that
+    gRPC resolves: `ipv4:10.0.0.1:50051,10.0.0.2:50051` or `dns:///gateways:50051` for several servers.
 
-    `timeout` of every call is in seconds, None for no limit. Raises errors.Error.
+    `timeout` of every call is in seconds, None for no limit; it covers waits and further calls. `resumes` is
+    how often in a row, without anything new arriving, a reply is asked for again after UNAVAILABLE; 0 is
+    never. Raises errors.Error.
     """
 
-    def __init__(self, target: str):
+    def __init__(self, target: str, *, resumes: int = RESUMES):
+        self._resumes = resumes
         self._channel = grpc.insecure_channel(target, options=_CHANNEL)
         self._stub = InferenceServiceStub(self._channel)
 
@@ -111,13 +152,15 @@ class Client:
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]
     ) -> Stream:
         """As `generate`, while the reply grows."""
-        return Stream(self._stub.Generate(make.prompt_request(prompt, options), timeout=timeout))
+        request = make.prompt_request(prompt, options)
+        return Stream(self._stub.Generate, request, timeout, self._resumes)
 
     def stream_chat(
         self, messages: Messages, *, timeout: float | None = None, **options: Unpack[Options]
     ) -> Stream:
         """As `chat`, while the reply grows."""
-        return Stream(self._stub.Generate(make.chat_request(messages, options), timeout=timeout))
+        request = make.chat_request(messages, options)
+        return Stream(self._stub.Generate, request, timeout, self._resumes)
 
     def tokenize(
         self,
@@ -168,27 +211,46 @@ class Client:
 class AsyncStream:
     """A reply that grows: iterate with `async for`. Leaving its `async with` block early cancels it."""
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall):
-        self._call = call
-        self._cancelled = False
-        self._gathered = make.Gathered()
+    def __init__(
+        self,
+        method: Callable[..., grpc.aio.UnaryStreamCall],
+        request: generate_pb2.GenerateRequest,
+        timeout: float | None,
+        resumes: int,
+    ):
+        self._method = method
+        self._gathered = Gathered(request)
+        self._retry = Retry(resumes, timeout)
+        self._cancelled = asyncio.Event()
+        self._call = method(request, timeout=timeout)
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
 
     async def __anext__(self) -> Chunk:
-        try:
-            message = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(error) from None
-        except asyncio.CancelledError:
-            # grpcio raises this both where the awaiting task was cancelled and where the call was.
-            if not self._cancelled:
-                raise
-            raise Cancelled("the call was cancelled", grpc.StatusCode.CANCELLED) from None
-        if message is grpc.aio.EOF:
-            raise StopAsyncIteration
-        return self._gathered.add(message)
+        while True:
+            try:
+                message = await self._call.read()
+            except grpc.aio.AioRpcError as error:
+                failure = from_rpc(error)
+            except asyncio.CancelledError:
+                # grpcio raises this both where the awaiting task was cancelled and where the call was.
+                if not self._cancelled.is_set():
+                    raise
+                raise Cancelled("the call was cancelled", grpc.StatusCode.CANCELLED) from None
+            else:
+                if message is grpc.aio.EOF:
+                    raise StopAsyncIteration
+                if advances(message):
+                    self._retry.arrived()
+                return self._gathered.add(message)
+            if self._cancelled.is_set():
+                raise failure
+            wait = self._retry.wait(failure)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._cancelled.wait(), wait)
+                raise Cancelled("the call was cancelled", grpc.StatusCode.CANCELLED)
+            self._call = self._method(self._gathered.request(), timeout=self._retry.remaining())
 
     async def __aenter__(self) -> AsyncStream:
         return self
@@ -199,7 +261,12 @@ class AsyncStream:
     @property
     def reply(self) -> Reply | None:
         """As Stream.reply."""
-        return self._gathered.reply()
+        return self._gathered.reply(self._retry.resumed)
+
+    @property
+    def resume(self) -> Resume | None:
+        """As Stream.resume."""
+        return self._gathered.resume()
 
     async def result(self) -> Reply:
         """Read to the end; the whole reply."""
@@ -209,14 +276,15 @@ class AsyncStream:
 
     def cancel(self) -> None:
         """As Stream.cancel."""
-        self._cancelled = True
+        self._cancelled.set()
         self._call.cancel()
 
 
 class AsyncClient:
     """The same for asyncio: make it and use it within one event loop. See Client."""
 
-    def __init__(self, target: str):
+    def __init__(self, target: str, *, resumes: int = RESUMES):
+        self._resumes = resumes
         self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL)
         self._stub = InferenceServiceStub(self._channel)
 
@@ -248,13 +316,15 @@ class AsyncClient:
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]
     ) -> AsyncStream:
         """As Client.stream_generate."""
-        return AsyncStream(self._stub.Generate(make.prompt_request(prompt, options), timeout=timeout))
+        request = make.prompt_request(prompt, options)
+        return AsyncStream(self._stub.Generate, request, timeout, self._resumes)
 
     def stream_chat(
         self, messages: Messages, *, timeout: float | None = None, **options: Unpack[Options]
     ) -> AsyncStream:
         """As Client.stream_chat."""
-        return AsyncStream(self._stub.Generate(make.chat_request(messages, options), timeout=timeout))
+        request = make.chat_request(messages, options)
+        return AsyncStream(self._stub.Generate, request, timeout, self._resumes)
 
     async def tokenize(
         self,

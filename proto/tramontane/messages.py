@@ -7,19 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from tramontane.errors import InvalidRequest
-from tramontane.types import Candidate, Chunk, FinishReason, Load, Model, Reply, TokenLogprobs, Usage
+from tramontane.types import Load, Model, Resume
 from tramontane.v1 import generate_pb2, inference_service_pb2, sampling_pb2
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
-
-_REASONS = {
-    generate_pb2.FINISH_REASON_STOP: FinishReason.STOP,
-    generate_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
-    generate_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
-    generate_pb2.FINISH_REASON_DEADLINE: FinishReason.DEADLINE,
-    generate_pb2.FINISH_REASON_ERROR: FinishReason.ERROR,
-}
 
 
 class Sampling(TypedDict, total=False):
@@ -54,7 +46,11 @@ class Routing(TypedDict, total=False):
 
 
 class Options(Sampling, Routing, total=False):
-    """All that a request may say besides its prompt."""
+    """All that a request may say besides its prompt: `n` replies instead of one; `resume` to go on with one
+    whose stream broke, of which then only what follows comes."""
+
+    n: int | None
+    resume: Resume | None
 
 
 def prompt_request(prompt: Prompt, options: Options) -> generate_pb2.GenerateRequest:
@@ -90,11 +86,29 @@ def _with_options(request: generate_pb2.GenerateRequest, options: Options) -> ge
     for name, value in options.items():
         if name in Routing.__annotations__:
             _set(request, name, value)
+        elif name == "n":
+            if value is not None:
+                _set(request, name, value)
+        elif name == "resume":
+            if value is not None:
+                fill_resume(request, value)
         elif name not in Sampling.__annotations__:
             raise TypeError(f"unknown option {name!r}; known are {', '.join(Options.__annotations__)}")
         elif value is not None:
             _set_sampling(request.sampling, name, value)
     return request
+
+
+def fill_resume(request: generate_pb2.GenerateRequest, resume: Resume) -> None:
+    """Ask for what follows these tokens. Raises InvalidRequest."""
+    message = request.resume
+    message.SetInParent()
+    message.ClearField("choices")
+    for number, token_ids in enumerate(resume.token_ids):
+        _extend(message.choices.add().ids, f"resume.choices[{number}]", token_ids)
+    _set(message, "numerics", resume.numerics, "resume.numerics")
+    _set(message, "seed", resume.seed, "resume.seed")
+    _set(message, "prompt_digest", resume.prompt_digest, "resume.prompt_digest")
 
 
 def _set_sampling(params: sampling_pb2.SamplingParams, name: str, value: object) -> None:
@@ -124,47 +138,6 @@ def _extend(repeated, name: str, values) -> None:
         repeated.extend(values)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"{name}: {error}") from None
-
-
-class Gathered:
-    """A reply as its messages come in."""
-
-    def __init__(self) -> None:
-        self._chunks: list[Chunk] = []
-        self._finish: generate_pb2.Finish | None = None
-
-    def add(self, message: generate_pb2.GenerateResponse) -> Chunk:
-        logprobs = tuple(
-            TokenLogprobs(entry.logprob, tuple(Candidate(top.token_id, top.logprob) for top in entry.top))
-            for entry in message.logprobs
-        )
-        chunk = Chunk(message.text, tuple(message.token_ids), logprobs)
-        self._chunks.append(chunk)
-        if message.HasField("finish"):
-            self._finish = message.finish
-        return chunk
-
-    def reply(self) -> Reply | None:
-        """The whole reply, None where its last message has not come."""
-        finish = self._finish
-        if finish is None:
-            return None
-        matched = finish.WhichOneof("matched_stop")
-        return Reply(
-            text="".join(chunk.text for chunk in self._chunks),
-            token_ids=tuple(token for chunk in self._chunks for token in chunk.token_ids),
-            logprobs=tuple(entry for chunk in self._chunks for entry in chunk.logprobs),
-            finish_reason=_REASONS[finish.reason],
-            stop_string=finish.stop_string if matched == "stop_string" else None,
-            stop_token_id=finish.stop_token_id if matched == "stop_token_id" else None,
-            usage=Usage(
-                finish.usage.prompt_tokens, finish.usage.cached_tokens, finish.usage.completion_tokens
-            ),
-            seed=finish.seed,
-            numerics=finish.numerics,
-            model=finish.model,
-            request_id=finish.request_id,
-        )
 
 
 def model(message: inference_service_pb2.Model) -> Model:

@@ -43,21 +43,47 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of a reply that streams. Texts joined are the reply's text; either may be empty, since text
-    may come later than its tokens."""
+    """A part of a reply that streams. Texts of a choice joined are its text; text or tokens may be empty,
+    since text may come later than its tokens."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """What is needed to go on with a reply whose stream broke, besides the request: see Resume in
+    generate.proto. Tokens are by choice."""
+
+    token_ids: tuple[tuple[int, ...], ...]
+    numerics: str
+    seed: int
+    prompt_digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of several replies to a prompt. Fields as in Reply."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason
+    stop_string: str | None
+    stop_token_id: int | None
+    completion_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole reply.
+    """A whole reply; where several were asked for, the first of `choices`, which holds them all.
 
     `seed` with the same `numerics`, prompt and parameters gives the same reply again, bit for bit. With
     STOP, one of `stop_string` and `stop_token_id` says what matched. `logprobs` has an entry a token where
-    they were asked for, else none.
+    they were asked for, else none. `usage` counts the prompt once and the tokens of all choices. `resumed`
+    is how often the stream broke and was taken up again, which changed nothing else.
     """
 
     text: str
@@ -71,6 +97,8 @@ class Reply:
     numerics: str
     model: str
     request_id: str
+    choices: tuple[Choice, ...]
+    resumed: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ def bench_model(
 
 
 async def _bench_target(target: str, work: Workload) -> dict:
-    async with AsyncClient(target) as client:
+    async with AsyncClient(target, resumes=0) as client:  # a break is not to be measured
         model = await client.model(timeout=10)
 
         async def ask(prompt: list[int], count: int) -> AsyncIterator[int]:

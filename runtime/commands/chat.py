@@ -89,6 +89,7 @@ def speed(tokens: int, first: float, last: float) -> float:
 
 def _json(reply: Reply) -> dict:
     value = dataclasses.asdict(reply)
+    del value["choices"]  # there is but one
     value["finish_reason"] = reply.finish_reason.value
     if not reply.logprobs:
         del value["logprobs"]

@@ -11,7 +11,8 @@ from runtime.commands.engines import Engine, Front, open_front, preview, start_e
 from runtime.commands.output import note, write_json, write_line, write_text
 from runtime.config import ServeConfig
 from runtime.errors import Unavailable
-from runtime.server.pipeline import Completion, Final, Piece, Pipeline
+from runtime.server.pipeline import Completion, Pipeline
+from runtime.server.reply import Final, Piece
 from runtime.types import FinishReason, SamplingParams
 
 MAX_TOKENS = 256  # where none are asked for: a model without a chat template may never end by itself

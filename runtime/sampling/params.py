@@ -17,6 +17,7 @@ MAX_STOP_TOKENS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 100
 MAX_TOP_K = 2**31 - 1
+MAX_CHOICES = 64
 
 
 def validate(
@@ -67,6 +68,26 @@ def validate(
         stop_token_ids=stop_token_ids,
         logprobs=None if params.logprobs is None else _integer("logprobs", params.logprobs, 0, MAX_LOGPROBS),
     )
+
+
+def validate_choices(n: int) -> int:
+    """How many replies a request may ask for. Raises InvalidArgument("n", ...)."""
+    return _integer("n", n, 1, MAX_CHOICES)
+
+
+def validate_received(
+    choices: Sequence[Sequence[int]], n: int, max_tokens: int, vocab_size: int
+) -> tuple[tuple[int, ...], ...]:
+    """Tokens that a user has of each choice already. Raises InvalidArgument naming the choice at fault."""
+    if len(choices) > n:
+        raise InvalidArgument("resume.choices", f"has {len(choices)} entries for {n} choices")
+    for number, tokens in enumerate(choices):
+        field = f"resume.choices[{number}]"
+        for token in tokens:
+            _token(field, token, vocab_size)
+        if len(tokens) > max_tokens:
+            raise InvalidArgument(field, f"{len(tokens)} tokens are more than max_tokens, {max_tokens}")
+    return tuple(tuple(tokens) for tokens in choices)
 
 
 def _number(field: str, value: object, low: float, high: float, above_low: bool = False) -> float:

@@ -5,10 +5,10 @@ behind loses its stream, so that memory is bounded and others are not held up.
 """
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from itertools import chain
 
-from runtime.server.pipeline import Piece
+from runtime.server.reply import Piece
 from runtime.server.statuses import SlowReader
 
 _LARGEST_WRITE = 8192  # weight of one written piece: about 200 KB, well below any message limit
@@ -16,7 +16,8 @@ _MERGED_AT_ONCE = 64  # what waits is kept in pieces of this weight: a piece a t
 
 
 class Backlog:
-    """A queue of one producer and one consumer in one event loop.
+    """A queue of one producer and one consumer in one event loop. Pieces of a choice stay in order; which
+    choice comes next is whose turn it is.
 
     A piece weighs as many units as it has tokens and alternatives; a unit is about 100 bytes here.
     """
@@ -25,7 +26,7 @@ class Backlog:
         """`limit`: most units that may wait."""
         self._limit = limit
         self._weight = 0
-        self._pieces: deque[Piece] = deque()
+        self._pieces: OrderedDict[int, deque[Piece]] = OrderedDict()  # by choice; none is empty
         self._closed = False
         self._error: BaseException | None = None
         self._changed = asyncio.Event()
@@ -35,9 +36,10 @@ class Backlog:
         self._weight += _weight(piece)
         if self._weight > self._limit:
             raise SlowReader(f"the reader is {self._weight} tokens behind; read the stream faster")
-        if self._pieces and _weight(self._pieces[-1]) < _MERGED_AT_ONCE:
-            piece = merge([self._pieces.pop(), piece])
-        self._pieces.append(piece)
+        pieces = self._pieces.setdefault(piece.choice, deque())
+        if pieces and _weight(pieces[-1]) < _MERGED_AT_ONCE:
+            piece = merge([pieces.pop(), piece])
+        pieces.append(piece)
         self._changed.set()
 
     def close(self, error: BaseException | None = None) -> None:
@@ -47,7 +49,8 @@ class Backlog:
         self._changed.set()
 
     async def take(self) -> Piece | None:
-        """All that waits, merged, up to the size of a write; None at the end. Raises close's error."""
+        """All that waits of one choice, merged, up to the size of a write; None at the end. Raises close's
+        error."""
         while not self._pieces:
             if self._closed:
                 if self._error is not None:
@@ -55,22 +58,27 @@ class Backlog:
                 return None
             self._changed.clear()
             await self._changed.wait()
-        taken = [self._pieces.popleft()]
+        choice, pieces = self._pieces.popitem(last=False)
+        taken = [pieces.popleft()]
         weight = _weight(taken[0])
-        while self._pieces and weight + _weight(self._pieces[0]) <= _LARGEST_WRITE:
-            weight += _weight(self._pieces[0])
-            taken.append(self._pieces.popleft())
+        while pieces and weight + _weight(pieces[0]) <= _LARGEST_WRITE:
+            weight += _weight(pieces[0])
+            taken.append(pieces.popleft())
+        if pieces:
+            self._pieces[choice] = pieces
         self._weight -= weight
         return taken[0] if len(taken) == 1 else merge(taken)
 
 
 def merge(pieces: list[Piece]) -> Piece:
-    """Consecutive pieces as one. Only the last may have a `final`."""
+    """Consecutive pieces of one choice as one. Only the first may have a `begun`, the last a `final`."""
     return Piece(
         text="".join(piece.text for piece in pieces),
         token_ids=tuple(chain.from_iterable(piece.token_ids for piece in pieces)),
         logprobs=tuple(chain.from_iterable(piece.logprobs for piece in pieces)),
         final=pieces[-1].final,
+        choice=pieces[0].choice,
+        begun=pieces[0].begun,
     )
 
 

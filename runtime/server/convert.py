@@ -3,7 +3,8 @@
 import dataclasses
 
 from runtime.errors import InvalidArgument
-from runtime.server.pipeline import Completion, Final, Piece
+from runtime.server.pipeline import Completion, Resume
+from runtime.server.reply import Final, Piece
 from runtime.types import EngineInfo, FinishReason, Load, SamplingParams
 from tramontane.v1 import generate_pb2, inference_service_pb2, sampling_pb2
 
@@ -32,6 +33,17 @@ def completion(request: generate_pb2.GenerateRequest, request_id: str, deadline:
         deadline=deadline,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        n=request.n if request.HasField("n") else 1,
+        resume=_resume(request.resume) if request.HasField("resume") else None,
+    )
+
+
+def _resume(resume: generate_pb2.Resume) -> Resume:
+    return Resume(
+        choices=tuple(tuple(choice.ids) for choice in resume.choices),
+        numerics=resume.numerics,
+        seed=resume.seed if resume.HasField("seed") else None,
+        prompt_digest=resume.prompt_digest,
     )
 
 
@@ -56,11 +68,17 @@ def contract_field(error: InvalidArgument) -> InvalidArgument:
 
 
 def response(piece: Piece, request_id: str, model: str) -> generate_pb2.GenerateResponse:
-    message = generate_pb2.GenerateResponse(text=piece.text, token_ids=piece.token_ids)
+    message = generate_pb2.GenerateResponse(text=piece.text, token_ids=piece.token_ids, choice=piece.choice)
     for entry in piece.logprobs:
         logprobs = message.logprobs.add(logprob=entry.logprob)
         for candidate in entry.top:
             logprobs.top.add(token_id=candidate.token, logprob=candidate.logprob)
+    if (begun := piece.begun) is not None:
+        message.begin.seed = begun.seed
+        message.begin.numerics = begun.numerics
+        message.begin.prompt_digest = begun.prompt_digest
+        message.begin.request_id = request_id
+        message.begin.model = model
     if piece.final is not None:
         message.finish.CopyFrom(_finish(piece.final, request_id, model))
     return message

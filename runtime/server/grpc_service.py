@@ -13,7 +13,8 @@ import grpc
 from runtime.errors import InvalidArgument, NotFound, QueueFull, Unavailable
 from runtime.server import convert
 from runtime.server.backlog import Backlog
-from runtime.server.pipeline import Completion, Final, Pipeline
+from runtime.server.pipeline import Completion, Pipeline
+from runtime.server.reply import Final
 from runtime.server.statuses import Cancelled, DeadlineExceeded
 from runtime.types import FinishReason
 from tramontane.v1 import inference_service_pb2 as pb
@@ -116,11 +117,14 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         # waits, a cancelled call shows as different exceptions, and the callback needs none of them.
         context.add_done_callback(lambda _: pump.cancel())
         model = self._pipeline.info.model
+        finals: list[Final] = []
         try:
             while (piece := await backlog.take()) is not None:
                 await context.write(convert.response(piece, completion.request_id, model))
                 if piece.final is not None:
-                    _raise_unless_complete(piece.final)
+                    finals.append(piece.final)
+            for final in finals:
+                _raise_unless_complete(final)
         finally:
             pump.cancel()
             await asyncio.wait([pump])
@@ -156,7 +160,7 @@ async def _pump(pipeline: Pipeline, completion: Completion, backlog: Backlog) ->
 
 
 def _raise_unless_complete(final: Final) -> None:
-    """After the last message of a reply that was cut off, the stream ends with the status of why."""
+    """After the last messages of a reply that was cut off, the stream ends with the status of why."""
     match final.finish_reason:
         case FinishReason.CANCELLED:
             raise Cancelled("the request was cancelled on the server")

@@ -8,27 +8,35 @@ the command line alike; knows nothing of gRPC.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
+import struct
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from runtime.errors import InvalidArgument
-from runtime.sampling.params import validate
+from runtime.sampling.params import validate, validate_choices, validate_received
 from runtime.server.engine_client import EngineClient
-from runtime.server.stops import StopMatcher
+from runtime.server.reply import Begun, Piece, Reply
 from runtime.tokenizer.chat import ChatTemplate, render_chat
 from runtime.tokenizer.tokenizer import Tokenizer
-from runtime.types import (
-    EngineInfo,
-    Finished,
-    FinishReason,
-    Request,
-    SamplingParams,
-    TokenLogprob,
-    TokenOutput,
-)
+from runtime.types import Branch, EngineInfo, Finished, Request, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """What a user has of a reply already: tokens by choice, and what they were made under."""
+
+    choices: Sequence[Sequence[int]] = ()
+    numerics: str = ""
+    seed: int | None = None
+    prompt_digest: bytes = b""  # empty: not compared
+
+    @property
+    def has_tokens(self) -> bool:
+        return any(self.choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,40 +51,8 @@ class Completion:
     deadline: float | None = None  # seconds from now
     priority: int = 0
     cache_salt: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Of one token of the reply. As in TokenOutput."""
-
-    logprob: float
-    top: tuple[TokenLogprob, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Final:
-    """How a reply ended. At most one of `matched_stop` and `stop_token` is set, and with STOP one is."""
-
-    finish_reason: FinishReason
-    matched_stop: str | None
-    stop_token: int | None
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    seed: int
-    numerics: str
-    detail: str = ""  # for ERROR: one line
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a reply. The pieces' texts joined are the reply's text, their tokens its tokens; text
-    comes later than its token while it may still become a stop string. Only the last has a `final`."""
-
-    text: str
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token where the request asked for them, else none
-    final: Final | None = None
+    n: int = 1
+    resume: Resume | None = None
 
 
 class Pipeline:
@@ -120,7 +96,8 @@ class Pipeline:
         return self.tokenizer.decode(list(self._checked_ids(token_ids)), skip_special=skip_special)
 
     async def prepare(self, completion: Completion) -> Request:
-        """The engine's request, everything filled in and checked. Raises InvalidArgument."""
+        """The engine's request, everything filled in and checked: a branch a choice, with the tokens that
+        the user has, of which the last may end it. Raises InvalidArgument."""
         started = time.monotonic()
         # Tokenising a long prompt or rendering a template takes long enough to stall other streams.
         prompt = await asyncio.to_thread(self.encode, completion)
@@ -132,6 +109,13 @@ class Pipeline:
             context_length=self.info.context_length,
             prompt_length=len(prompt),
         )
+        choices = range(validate_choices(completion.n))
+        received: Sequence[Sequence[int]] = ()
+        if completion.resume is not None:
+            params = self._resumed(completion.resume, params, prompt)
+            received = validate_received(
+                completion.resume.choices, len(choices), params.max_tokens, self.info.vocab_size
+            )
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(64))
         deadline = completion.deadline
@@ -146,26 +130,65 @@ class Pipeline:
             deadline=deadline,
             priority=completion.priority,
             cache_salt=completion.cache_salt,
+            branches=tuple(Branch(i, tuple(received[i]) if i < len(received) else ()) for i in choices),
         )
 
+    def _resumed(self, resume: Resume, params: SamplingParams, prompt: tuple[int, ...]) -> SamplingParams:
+        """The parameters with the seed of the reply that goes on. Raises InvalidArgument where this server
+        would not go on with the same bits."""
+        needed = resume.has_tokens
+        if resume.numerics != self.info.numerics and (needed or resume.numerics):
+            made = f"made under {resume.numerics!r}" if resume.numerics else "must say what made the tokens"
+            raise InvalidArgument("resume.numerics", f"{made}; this server computes {self.info.numerics!r}")
+        if resume.prompt_digest and resume.prompt_digest != prompt_digest(prompt):
+            raise InvalidArgument("resume.prompt_digest", "the tokens followed another prompt than this")
+        if resume.seed is None:
+            if needed and params.seed is None:
+                raise InvalidArgument("resume.seed", "must say which seed made the tokens")
+            return params
+        if params.seed not in (None, resume.seed):
+            raise InvalidArgument("resume.seed", f"{resume.seed} is not the request's own, {params.seed}")
+        return replace(params, seed=resume.seed)
+
     async def run(self, completion: Completion) -> AsyncGenerator[Piece, None]:
-        """Yield a reply's pieces; the last one carries its Final. Closing it aborts the request.
+        """Yield the pieces of all choices as they come; the last one of each carries its Final. Closing it
+        aborts the request.
 
         Raises InvalidArgument, QueueFull, Unavailable.
         """
         request = await self.prepare(completion)
-        reply = _Reply(self.tokenizer, request)
-        async with aclosing(self.client.generate(request)) as outputs:
+        # A long reply that goes on is detokenised once more: not on the thread of all streams.
+        replies = await asyncio.to_thread(
+            lambda: {branch.choice: Reply(self.tokenizer, request, branch) for branch in request.branches}
+        )
+        begun = Begun(request.params.seed, self.info.numerics, prompt_digest(request.prompt))
+        async with aclosing(self._pieces(request, replies)) as pieces:
+            async for piece in pieces:
+                yield piece if begun is None else replace(piece, begun=begun)
+                begun = None
+
+    async def _pieces(self, request: Request, replies: dict[int, Reply]) -> AsyncGenerator[Piece, None]:
+        for reply in replies.values():
+            if reply.ended is not None:  # by the tokens that came with the request
+                yield reply.finish(reply.ended, self.info.numerics)
+        branches = tuple(branch for branch in request.branches if not replies[branch.choice].finished)
+        if not branches:
+            return
+        async with aclosing(self.client.generate(replace(request, branches=branches))) as outputs:
             async for output in outputs:
+                reply = replies[output.choice]
                 if isinstance(output, Finished):
-                    yield reply.finish(output, self.info.numerics)
-                    return
-                if reply.matched_stop is not None:
-                    continue  # sampled before the engine heard of the match: not part of the reply
-                piece = reply.push(output)
-                if reply.matched_stop is not None:
-                    await self.client.stop_at(request.request_id, reply.tokens)
-                yield piece
+                    # An engine that failed may have but one last output for all that is left.
+                    for each in replies.values() if output.last else [reply]:
+                        if not each.finished:
+                            yield each.finish(output, self.info.numerics)
+                    if output.last:
+                        return
+                elif reply.matched_stop is None:  # else it was sampled before the engine heard of the match
+                    piece = reply.push(output)
+                    if reply.matched_stop is not None:
+                        await self.client.stop_at(request.request_id, reply.tokens, output.choice)
+                    yield piece
 
     def _checked_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         for place, token in enumerate(token_ids):
@@ -176,56 +199,9 @@ class Pipeline:
         return tuple(token_ids)
 
 
-class _Reply:
-    """One reply as it grows: tokens in, pieces out."""
-
-    def __init__(self, tokenizer: Tokenizer, request: Request):
-        self.tokens = 0
-        self.matched_stop: str | None = None
-        self._request = request
-        self._text = tokenizer.stream(prompt_ids=request.prompt)
-        self._stops = StopMatcher(request.params.stop)
-
-    def push(self, output: TokenOutput) -> Piece:
-        """The piece of one more token. Sets `matched_stop` if it completed a stop string."""
-        self.tokens += 1
-        ends = output.token in self._request.stop_ids and self._armed
-        text = "" if ends else self._scan(self._text.push(output.token))
-        logprobs = ()
-        if self._request.params.logprobs is not None:
-            logprobs = (TokenLogprobs(output.logprob, output.top),)
-        return Piece(text, (output.token,), logprobs)
-
-    def finish(self, finished: Finished, numerics: str) -> Piece:
-        """The last piece: the text still held back, and how it all ended."""
-        text = ""
-        if self.matched_stop is None:
-            text = self._scan(self._text.finish())
-        if self.matched_stop is None:
-            text += self._stops.flush()
-        stopped = self.matched_stop is not None
-        final = Final(
-            # A match stands even where the engine ended the request before it heard of it.
-            finish_reason=FinishReason.STOP if stopped else finished.reason,
-            matched_stop=self.matched_stop,
-            stop_token=None if stopped else finished.stop_token,
-            prompt_tokens=finished.prompt_tokens,
-            cached_tokens=finished.cached_tokens,
-            completion_tokens=self.tokens if stopped else finished.completion_tokens,
-            seed=self._request.params.seed,
-            numerics=numerics,
-            detail="" if stopped else finished.detail,
-        )
-        return Piece(text, final=final)
-
-    @property
-    def _armed(self) -> bool:
-        """Whether the reply may end with the token at hand."""
-        return self.tokens >= self._request.params.min_tokens
-
-    def _scan(self, text: str) -> str:
-        text, self.matched_stop = self._stops.push(text, armed=self._armed)
-        return text
+def prompt_digest(prompt: Sequence[int]) -> bytes:
+    """A name for a prompt: SHA-256 of its tokens as 32-bit little-endian numbers."""
+    return hashlib.sha256(struct.pack(f"<{len(prompt)}I", *prompt)).digest()
 
 
 def _check_unicode(name: str, text: str) -> None:

@@ -3,9 +3,10 @@
 import asyncio
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from runtime.types import (
+    Branch,
     EngineInfo,
     Finished,
     FinishReason,
@@ -56,8 +57,9 @@ class _Stream:
 
 @dataclass
 class ScriptedEngine:
-    """Replies to every request with `reply`. Behaves as the protocol of EngineClient says, and like an
-    engine with steps in flight it sends `overrun` more tokens after it was told to stop."""
+    """Replies to every request with `reply`, choice c beginning c tokens later in it, round about. Goes on
+    after tokens that a request brings. Behaves as the protocol of EngineClient says, and like an engine with
+    steps in flight it sends `overrun` more tokens after it was told to stop."""
 
     reply: Sequence[int] = ()
     pace: float = 0.0  # seconds a token
@@ -68,7 +70,8 @@ class ScriptedEngine:
     cached: int = 0
     requests: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
-    stopped: dict[str, int] = field(default_factory=dict)
+    stopped: dict[str, int] = field(default_factory=dict)  # choice c of request r as "r", "r/1", ...
+    dies: int | None = None  # the tokens after which it fails, each time it is asked
     running: int = 0
     sent: int = 0
 
@@ -78,8 +81,8 @@ class ScriptedEngine:
     async def load(self):
         return Load(self.running, 3, 40, 64, 8, 100, 1000, 50, 200, 2)
 
-    async def stop_at(self, request_id, keep):
-        self.stopped[request_id] = keep
+    async def stop_at(self, request_id, keep, choice=0):
+        self.stopped[_name(request_id, choice)] = keep
 
     async def generate(self, request):
         if self.refuse is not None:
@@ -97,27 +100,54 @@ class ScriptedEngine:
                 self.aborted.append(request.request_id)
 
     async def _outputs(self, request: Request):
+        """All branches, a token each in turn."""
+        running = [self._branch(request, branch) for branch in request.branches]
+        while running:
+            for branch in list(running):
+                output = await anext(branch)
+                if isinstance(output, Finished):
+                    running.remove(branch)
+                    output = replace(output, last=not running)
+                yield output
+
+    async def _branch(self, request: Request, branch: Branch):
         def finished(reason, tokens, stop_token=None):
             detail = "rank 1 is gone" if reason is FinishReason.ERROR else ""
             return Finished(
-                request.request_id, reason, len(request.prompt), self.cached, tokens, stop_token, detail
+                request.request_id,
+                reason,
+                len(request.prompt),
+                self.cached,
+                tokens,
+                stop_token,
+                detail,
+                branch.choice,
             )
 
+        name = _name(request.request_id, branch.choice)
         ends_at = asyncio.get_running_loop().time() + (request.deadline or 1e9)
         overrun = self.overrun
-        tokens = self.reply[: request.params.max_tokens]
+        tokens = [*self.reply[branch.choice :], *self.reply[: branch.choice]][: request.params.max_tokens]
+        assert tuple(tokens[: len(branch.reply)]) == branch.reply, "goes on with another reply"
         for index, token in enumerate(tokens):
+            if index < len(branch.reply):
+                continue
+            if self.dies is not None and index - len(branch.reply) >= self.dies:
+                yield finished(FinishReason.ERROR, index)
+                return
             await asyncio.sleep(self.pace)
             if asyncio.get_running_loop().time() > ends_at:
                 yield finished(FinishReason.DEADLINE, index)
                 return
-            if request.request_id in self.stopped:
+            if name in self.stopped:
                 if overrun == 0:
-                    yield finished(FinishReason.STOP, self.stopped[request.request_id])
+                    yield finished(FinishReason.STOP, self.stopped[name])
                     return
                 overrun -= 1
             self.sent += 1
-            yield TokenOutput(request.request_id, index, token, *self._logprobs(request, token))
+            yield TokenOutput(
+                request.request_id, index, token, *self._logprobs(request, token), branch.choice
+            )
             if token in request.stop_ids and index >= request.params.min_tokens:
                 yield finished(FinishReason.STOP, index + 1, token)
                 return
@@ -133,6 +163,10 @@ class ScriptedEngine:
         if wanted is None:
             return None, ()
         return -0.5 - token, tuple(TokenLogprob(token + rank, -0.5 - token - rank) for rank in range(wanted))
+
+
+def _name(request_id: str, choice: int) -> str:
+    return f"{request_id}/{choice}" if choice else request_id
 
 
 def info_for(tokenizer, context_length: int = 4096) -> EngineInfo:

@@ -1,7 +1,6 @@
 """tramontane.Client and AsyncClient against a real server."""
 
 import asyncio
-import functools
 
 import pytest
 
@@ -13,97 +12,6 @@ from tests.server.harness import serving
 from tests.server.scripted import BOS, EOS, ScriptedEngine
 from tests.server.test_streams import until
 from tramontane import AsyncClient, Client, FinishReason
-
-
-class Twin:
-    """AsyncClient with Client's face, so that each test below runs on both."""
-
-    def __init__(self, target, loop):
-        self._loop = loop
-        self._client = self._wait(_made(AsyncClient, target))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._wait(self._client.close())
-
-    def _wait(self, awaitable):
-        return asyncio.run_coroutine_threadsafe(_awaited(awaitable), self._loop).result(30)
-
-    def __getattr__(self, name):
-        method = getattr(self._client, name)
-        if name.startswith("stream_"):
-            return functools.partial(self._stream, method)
-        return lambda *args, **options: self._wait(method(*args, **options))
-
-    def _stream(self, method, *args, **options):
-        return TwinStream(self._wait(_made(method, *args, **options)), self._wait)
-
-
-class TwinStream:
-    def __init__(self, stream, wait):
-        self._stream, self._wait = stream, wait
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._wait(self._stream.__aexit__(None, None, None))
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        try:
-            return self._wait(anext(self._stream))
-        except _EndError:
-            raise StopIteration from None
-
-    def result(self):
-        return self._wait(self._stream.result())
-
-    def cancel(self):
-        self._wait(_made(self._stream.cancel))
-
-    reply = property(lambda self: self._stream.reply)
-
-
-async def _made(make, *args, **options):
-    """Call a plain function within the loop."""
-    return make(*args, **options)
-
-
-async def _awaited(awaitable):
-    try:
-        return await awaitable
-    except StopAsyncIteration:
-        raise _EndError from None
-
-
-class _EndError(Exception):
-    pass
-
-
-@pytest.fixture(params=["blocking", "asyncio"])
-def talk(request):
-    """talk(engine, conversation): run `conversation(client)` against a server over `engine`."""
-
-    def run(engine, conversation, **options):
-        async def go():
-            async with serving(engine, **options) as running:
-                loop = asyncio.get_running_loop()
-
-                def visit():
-                    make = Client if request.param == "blocking" else functools.partial(Twin, loop=loop)
-                    with make(running.target) as client:
-                        return conversation(client)
-
-                return await asyncio.to_thread(visit)
-
-        return asyncio.run(go())
-
-    return run
 
 
 def test_a_whole_reply(talk):

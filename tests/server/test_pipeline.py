@@ -197,10 +197,11 @@ def test_leaving_early_aborts_the_request(way):
 
 
 @pytest.mark.parametrize("reason", [FinishReason.ERROR, FinishReason.CANCELLED, FinishReason.DEADLINE])
-def test_what_was_held_back_is_given_out_when_the_engine_ends_it(reason):
+def test_what_was_held_back_stays_back_when_the_reply_is_cut_off(reason):
+    """Whoever goes on with its tokens is sent the rest of the text, and would have it twice."""
     pipeline, _ = make(b"abEN", ending=reason)
     text, _, _, final = run(pipeline, params=SamplingParams(stop=("END",)))
-    assert (text, final.finish_reason, final.matched_stop) == ("abEN", reason, None)
+    assert (text, final.finish_reason, final.matched_stop) == ("ab", reason, None)
     assert final.detail == ("rank 1 is gone" if reason is FinishReason.ERROR else "")
 
 

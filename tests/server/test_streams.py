@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runtime.server.backlog import Backlog
 from runtime.server.lifecycle import Limits, channel_options
 from runtime.server.malformed import explain
-from runtime.server.pipeline import Piece, TokenLogprobs
+from runtime.server.reply import Piece, TokenLogprobs
 from runtime.server.statuses import SlowReader
 from runtime.types import TokenLogprob
 from tests.server.harness import ask, bad_field, details, refusal, serving

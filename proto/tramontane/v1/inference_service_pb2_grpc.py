@@ -34,7 +34,8 @@ class InferenceServiceStub:
     NOT_FOUND           no such model
     RESOURCE_EXHAUSTED  the queue is full: RetryInfo and the trailer `grpc-retry-pushback-ms` say when to
     try again; or the reader of a stream fell too far behind
-    UNAVAILABLE         not ready yet, shutting down, or the engine is gone: try again, or elsewhere
+    UNAVAILABLE         not ready yet, shutting down, or the engine is gone: try again, or elsewhere; with
+    GenerateRequest.resume a stream that broke goes on where it was
     DEADLINE_EXCEEDED   the call's deadline passed
     INTERNAL            a defect of the server
 
@@ -89,7 +90,8 @@ class InferenceServiceServicer:
     NOT_FOUND           no such model
     RESOURCE_EXHAUSTED  the queue is full: RetryInfo and the trailer `grpc-retry-pushback-ms` say when to
     try again; or the reader of a stream fell too far behind
-    UNAVAILABLE         not ready yet, shutting down, or the engine is gone: try again, or elsewhere
+    UNAVAILABLE         not ready yet, shutting down, or the engine is gone: try again, or elsewhere; with
+    GenerateRequest.resume a stream that broke goes on where it was
     DEADLINE_EXCEEDED   the call's deadline passed
     INTERNAL            a defect of the server
 
@@ -189,7 +191,8 @@ class InferenceService:
     NOT_FOUND           no such model
     RESOURCE_EXHAUSTED  the queue is full: RetryInfo and the trailer `grpc-retry-pushback-ms` say when to
     try again; or the reader of a stream fell too far behind
-    UNAVAILABLE         not ready yet, shutting down, or the engine is gone: try again, or elsewhere
+    UNAVAILABLE         not ready yet, shutting down, or the engine is gone: try again, or elsewhere; with
+    GenerateRequest.resume a stream that broke goes on where it was
     DEADLINE_EXCEEDED   the call's deadline passed
     INTERNAL            a defect of the server
 

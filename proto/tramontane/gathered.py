@@ -1,0 +1,110 @@
+"""A reply as its messages come in, over as many calls as it takes. Makes no calls."""
+
+from __future__ import annotations
+
+from tramontane import messages as make
+from tramontane.types import Candidate, Choice, Chunk, FinishReason, Reply, Resume, TokenLogprobs, Usage
+from tramontane.v1 import generate_pb2
+
+_REASONS = {
+    generate_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    generate_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    generate_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
+    generate_pb2.FINISH_REASON_DEADLINE: FinishReason.DEADLINE,
+    generate_pb2.FINISH_REASON_ERROR: FinishReason.ERROR,
+}
+_COMPLETE = (generate_pb2.FINISH_REASON_STOP, generate_pb2.FINISH_REASON_LENGTH)
+
+
+class Gathered:
+    """All that came in answer to a request."""
+
+    def __init__(self, request: generate_pb2.GenerateRequest):
+        self._request = request
+        n = max(1, request.n)
+        self._chunks: list[list[Chunk]] = [[] for _ in range(n)]
+        self._finishes: list[generate_pb2.Finish | None] = [None] * n
+        self._begin: generate_pb2.Begin | None = None
+        # What came before the first call: the user's own, where the request brought tokens itself.
+        self._before = [list(choice.ids) for choice in request.resume.choices[:n]]
+        self._before += [[] for _ in range(n - len(self._before))]
+
+    def add(self, message: generate_pb2.GenerateResponse) -> Chunk:
+        logprobs = tuple(
+            TokenLogprobs(entry.logprob, tuple(Candidate(top.token_id, top.logprob) for top in entry.top))
+            for entry in message.logprobs
+        )
+        chunk = Chunk(message.text, tuple(message.token_ids), logprobs, message.choice)
+        if message.HasField("begin"):
+            self._begin = message.begin
+        self._chunks[message.choice].append(chunk)
+        if message.HasField("finish"):
+            self._finishes[message.choice] = message.finish
+        return chunk
+
+    def resume(self) -> Resume | None:
+        """What asks for the rest; None where nothing has come that must be kept."""
+        if self._begin is None:
+            return None
+        tokens = [
+            (*before, *(token for chunk in chunks for token in chunk.token_ids))
+            for before, chunks in zip(self._before, self._chunks, strict=True)
+        ]
+        begin = self._begin
+        return Resume(tuple(tokens), begin.numerics, begin.seed, begin.prompt_digest)
+
+    def request(self) -> generate_pb2.GenerateRequest:
+        """The request for what has not come yet."""
+        resume = self.resume()
+        if resume is None:
+            return self._request
+        request = generate_pb2.GenerateRequest()
+        request.CopyFrom(self._request)
+        make.fill_resume(request, resume)
+        return request
+
+    def reply(self, resumed: int) -> Reply | None:
+        """The whole reply, None where the last message of a choice has not come."""
+        if None in self._finishes:
+            return None
+        choices = tuple(
+            self._choice(chunks, finish) for chunks, finish in zip(self._chunks, self._finishes, strict=True)
+        )
+        finish, first = self._finishes[0], choices[0]
+        return Reply(
+            text=first.text,
+            token_ids=first.token_ids,
+            logprobs=first.logprobs,
+            finish_reason=first.finish_reason,
+            stop_string=first.stop_string,
+            stop_token_id=first.stop_token_id,
+            usage=Usage(
+                finish.usage.prompt_tokens,
+                finish.usage.cached_tokens,
+                sum(choice.completion_tokens for choice in choices),
+            ),
+            seed=finish.seed,
+            numerics=finish.numerics,
+            model=finish.model,
+            request_id=finish.request_id,
+            choices=choices,
+            resumed=resumed,
+        )
+
+    @staticmethod
+    def _choice(chunks: list[Chunk], finish: generate_pb2.Finish) -> Choice:
+        matched = finish.WhichOneof("matched_stop")
+        return Choice(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+            logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs),
+            finish_reason=_REASONS[finish.reason],
+            stop_string=finish.stop_string if matched == "stop_string" else None,
+            stop_token_id=finish.stop_token_id if matched == "stop_token_id" else None,
+            completion_tokens=finish.usage.completion_tokens,
+        )
+
+
+def advances(message: generate_pb2.GenerateResponse) -> bool:
+    """Whether a message brings a reply further: it has tokens, or ends a choice other than by failing."""
+    return bool(message.token_ids) or message.finish.reason in _COMPLETE

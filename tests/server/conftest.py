@@ -1,0 +1,31 @@
+"""Fixtures that several tests of the gateway use."""
+
+import asyncio
+import functools
+
+import pytest
+
+from tests.server.harness import serving
+from tests.server.twin import Twin
+from tramontane import Client
+
+
+@pytest.fixture(params=["blocking", "asyncio"])
+def talk(request):
+    """talk(engine, conversation): run `conversation(client)` against a server over `engine`."""
+
+    def run(engine, conversation, resumes=0, **options):
+        async def go():
+            async with serving(engine, **options) as running:
+                loop = asyncio.get_running_loop()
+
+                def visit():
+                    make = Client if request.param == "blocking" else functools.partial(Twin, loop=loop)
+                    with make(running.target, resumes=resumes) as client:
+                        return conversation(client)
+
+                return await asyncio.to_thread(visit)
+
+        return asyncio.run(go())
+
+    return run

@@ -1,0 +1,21 @@
+"""A server in a process of its own, to be killed: python -m tests.server.process PORT PACE TEXT."""
+
+import asyncio
+import sys
+
+from runtime.server.lifecycle import serve
+from runtime.server.pipeline import Pipeline
+from tests.server.scripted import PieceTokenizer, ScriptedEngine, info_for
+
+
+async def main(port: int, pace: float, text: str) -> None:
+    tokenizer = PieceTokenizer()
+    engine = ScriptedEngine(text.encode(), pace=pace)
+    server = await serve(Pipeline(tokenizer, None, engine, info_for(tokenizer)), port=port)
+    await server.ready()
+    print(server.port, flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]))
