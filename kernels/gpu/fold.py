@@ -39,3 +39,11 @@ def check_partials(operation: str, partials: torch.Tensor, rows: int, width: int
     if not 1 <= count <= MOST:
         raise ValueError(f"{operation}: partials hold {count} sums to add, not 1 to {MOST}")
     return count
+
+
+def check_aligned(operation: str, **tensors: torch.Tensor | None) -> None:
+    """Refuse tensors that do not start on a multiple of 16 bytes: how wide loads are decides the layout in
+    which an operation sums, and with it the order. Raises ValueError naming the tensor."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.data_ptr() % 16:
+            raise ValueError(f"{operation}: {name} does not start on a multiple of 16 bytes")

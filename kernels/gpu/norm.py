@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.convert import narrowed
-from kernels.gpu.fold import check_partials, fold
+from kernels.gpu.fold import check_aligned, check_partials, fold
 from kernels.gpu.launch import check, launch, next_power_of_2, same_device
 
 WIDEST = 32768
@@ -99,9 +99,7 @@ def add_norm(
         raise ValueError("add_norm: partials and out are both None: nothing to do")
     tensors = {"residual": residual, "partials": partials, "weight": weight, "out": out}
     same_device("add_norm", **tensors)
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.data_ptr() % 16:
-            raise ValueError(f"add_norm: {name} does not start on a multiple of 16 bytes")
+    check_aligned("add_norm", **tensors)
     launch(
         add_norm_kernel,
         (rows,),

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from kernels.gpu.filters import WARPS as FILTER_WARPS
 from kernels.gpu.filters import inverse_temperature, order, threshold
+from kernels.gpu.fold import check_aligned
 from kernels.gpu.launch import check, launch, next_power_of_2, same_device
 from kernels.gpu.noise import BLOCK, gumbel
 
@@ -209,8 +210,9 @@ def sample(
     tokens: int32 or int64 [M], overwritten; -1 for a row that holds NaN or +inf, or nothing but -inf.
     logprobs: fp32 [M], overwritten: the chosen token's log-probability by `raw` fp32 [M, V], the logits
     before bias, penalties and temperature (None: `logits`), NaN beside a token of -1; or None.
-    workspace: of at least M rows and just V tokens; V at most 2**20. Raises ValueError naming what does not
-    fit; values (a temperature below 0, say) are the caller's to check.
+    workspace: of at least M rows and just V tokens; V at most 2**20. logits and raw start on a multiple of
+    16 bytes. Raises ValueError naming what does not fit; values (a temperature below 0, say) are the
+    caller's to check.
     """
     check("sample", "logits", logits, torch.float32, -1, -1)
     rows, vocabulary = logits.shape
@@ -231,6 +233,7 @@ def sample(
     tensors = {name: getattr(s, name) for name in _SETTINGS}
     tensors |= {"tokens": tokens, "logprobs": logprobs, "raw": raw, "workspace": w.peaks}
     same_device("sample", logits=logits, **tensors)
+    check_aligned("sample", logits=logits, raw=raw)
     sizes = {"V": vocabulary, "TILES": tiles, "MANY": next_power_of_2(tiles)}
     wanted, other = logprobs is not None, logits if raw is None else raw
     launch(
