@@ -11,17 +11,24 @@ from runtime.errors import InvalidArgument, NotEnough
 from runtime.model.header import OpenModel
 
 DEFAULT_SHARE = 0.25  # of the memory that is free, for all ranks of a host together
+GPU_SPARE = 2 << 30  # bytes of a GPU left to activations, graphs and the libraries
 DEFAULT_CAP = 512 << 20  # bytes a rank that a CPU server takes unasked
 
 
 def kv_blocks(
-    opened: OpenModel, engine: EngineConfig, parallel: ParallelConfig, max_model_len: int | None
+    opened: OpenModel,
+    engine: EngineConfig,
+    parallel: ParallelConfig,
+    max_model_len: int | None,
+    *,
+    sharers: int | None = None,
 ) -> EngineConfig:
     """Fill in `max_model_len` and `total_blocks`.
 
     The whole of a position's KV is spread over the ranks; the largest share decides. Without --kv-memory a
     rank takes a quarter of what is free, shared by the ranks of the host, 512 MiB at most, yet room for one
-    full context.
+    full context. A rank on a GPU, which has loaded its weights by then, takes what is left but for
+    GPU_SPARE. `sharers`: ranks that live off one memory; None: all on a host, one on a GPU.
     """
     context = opened.spec.context_length
     if max_model_len is not None:
@@ -37,20 +44,33 @@ def kv_blocks(
     largest_run = -(-units // parallel.tp)
     block_bytes = opened.kv_bytes_per_position * largest_run * block // units
     for_one = -(-context // block)
-    free = psutil.virtual_memory().available
+    sharers = sharers or (1 if opened.device == "cuda" else parallel.tp)
+    free = _free(opened.device)
     if parallel.kv_memory is not None:
         blocks = parallel.kv_memory // block_bytes
         if blocks < 1:
             raise NotEnough(f"--kv-memory: one block of {block} positions takes {block_bytes:,} bytes a rank")
     else:
-        spare = min(DEFAULT_CAP, int(free * DEFAULT_SHARE) // parallel.tp)
+        spare = free // sharers
+        if opened.device == "cpu":
+            spare = min(DEFAULT_CAP, int(free * DEFAULT_SHARE) // sharers)
         blocks = max(spare // block_bytes, for_one)
     if engine.total_blocks:
         blocks = engine.total_blocks
     blocks = min(blocks, for_one * engine.max_num_seqs)  # more can never be used at once
-    if blocks * block_bytes * parallel.tp > free:
+    if blocks * block_bytes * sharers > free:
         raise NotEnough(
-            f"{blocks} KV blocks of {block} tokens take {blocks * block_bytes * parallel.tp / 2**30:.1f} GiB "
+            f"{blocks} KV blocks of {block} tokens take {blocks * block_bytes * sharers / 2**30:.1f} GiB "
             f"and {free / 2**30:.1f} GiB are free: give a smaller --max-model-len or --kv-memory"
         )
     return replace(engine, total_blocks=blocks, max_model_len=min(context, blocks * block))
+
+
+def _free(device: str) -> int:
+    """Bytes that KV may take at most."""
+    if device == "cpu":
+        return psutil.virtual_memory().available
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    return max(0, free - GPU_SPARE)

@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 
 import torch
 
@@ -15,9 +16,10 @@ from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.errors import TramontaneError
 from runtime.loop import EngineLoop
 from runtime.model.communicator import Alone, Communicator, Threads
+from runtime.model.device import resolve_device
 from runtime.model.header import open_model
 from runtime.model.load import engine_info, load_shard
-from runtime.model.runner import Runner
+from runtime.model.runners import StepRunner, make_runner
 from runtime.model.units import rank_units
 from runtime.types import EngineInfo, Finished, FinishReason, Load, Output, Request, StepPlan, StepResult
 
@@ -27,7 +29,7 @@ Progress = Callable[[int, int], None]
 class LocalRanks:
     """A tensor-parallel group whose ranks are threads of this process."""
 
-    def __init__(self, runners: list[Runner]):
+    def __init__(self, runners: list[StepRunner]):
         self._runners = runners
         self._queues: list[queue.SimpleQueue[StepPlan | None]] = [queue.SimpleQueue() for _ in runners]
         self._threads: list[threading.Thread] = []
@@ -123,23 +125,28 @@ class LocalEngine:
     ):
         """Loads the weights; raises TramontaneError for a model or setting that cannot be served."""
         parallel = parallel or ParallelConfig()
-        opened = open_model(model)
+        device = resolve_device(parallel.device)
+        opened = open_model(model, device)
         rank_units(len(opened.units), parallel.tp)  # a wrong tp is refused before anything is loaded
         torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // parallel.tp))
-        config = kv_blocks(opened, engine or EngineConfig(), parallel, model.max_model_len)
+        room = partial(kv_blocks, opened, engine or EngineConfig(), parallel, model.max_model_len)
+        config = room() if device == "cpu" else None  # on a GPU once the weights have taken theirs
         comms: list[Communicator] = list(Threads.group(parallel.tp)) if parallel.tp > 1 else [Alone()]
-        runners = []
-        for rank, comm in enumerate(comms):
-            shard, _ = load_shard(opened, rank, parallel.tp, progress=progress if rank == 0 else None)
-            runners.append(
-                Runner(
-                    shard,
-                    comm,
-                    total_blocks=config.total_blocks,
-                    block_size=config.block_size,
-                    max_positions=config.max_model_len,
-                )
+        shards = [
+            load_shard(opened, rank, parallel.tp, progress=progress if rank == 0 else None)[0]
+            for rank in range(parallel.tp)
+        ]
+        config = config or room(sharers=parallel.tp)
+        runners = [
+            make_runner(
+                shard,
+                comm,
+                total_blocks=config.total_blocks,
+                block_size=config.block_size,
+                max_positions=config.max_model_len,
             )
+            for shard, comm in zip(shards, comms, strict=True)
+        ]
         self.model = opened
         self.config = config
         self.loop = EngineLoop(config, LocalRanks(runners), opened.spec.vocab)

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import ray
@@ -57,19 +58,22 @@ class RankActor:
     ) -> RankReport:
         """Meet the other ranks and load this one's share of the weights."""
         from runtime.capacity import kv_blocks
+        from runtime.cluster.gpu_peers import GpuCommunicator
         from runtime.cluster.peers import SocketCommunicator
         from runtime.model.communicator import Alone
         from runtime.model.header import open_model
         from runtime.model.load import engine_info, load_shard
 
-        opened = open_model(model)
-        config = kv_blocks(opened, engine, parallel, model.max_model_len)
-        self._comm = (
-            SocketCommunicator(self._rank, addresses, self._listener, self._token, store)
-            if self._tp > 1
-            else Alone()
-        )
+        opened = open_model(model, parallel.device)
+        room = partial(kv_blocks, opened, engine, parallel, model.max_model_len)
+        config = room() if opened.device == "cpu" else None  # on a GPU once the weights have taken theirs
+        self._comm = Alone()
+        if self._tp > 1:
+            self._comm = SocketCommunicator(self._rank, addresses, self._listener, self._token, store)
+            if opened.device == "cuda":
+                self._comm = GpuCommunicator(self._comm)
         self._shard, read = load_shard(opened, self._rank, self._tp)
+        config = config or room()
         return RankReport(
             self._rank,
             ray.util.get_node_ip_address(),
@@ -87,10 +91,10 @@ class RankActor:
         import torch
 
         from runtime.cluster.rank_loop import run_rank
-        from runtime.model.runner import Runner
+        from runtime.model.runners import make_runner
 
         torch.set_num_threads(self._threads)  # the setting belongs to the calling thread
-        runner = Runner(
+        runner = make_runner(
             self._shard,
             self._comm,
             total_blocks=config.total_blocks,

@@ -18,8 +18,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from runtime.capacity import kv_blocks
 from runtime.cluster.actors import EngineActor, RankActor, RankReport
-from runtime.config import ServeConfig
+from runtime.config import ParallelConfig, ServeConfig
 from runtime.errors import NotEnough, TramontaneError, Unavailable
+from runtime.model.device import resolve_device
 from runtime.model.header import open_model
 from runtime.model.units import rank_units
 from runtime.types import EngineInfo, Finished, FinishReason, Request, SamplingParams
@@ -42,9 +43,12 @@ class Cluster:
     ):
         """Raises TramontaneError, and leaves nothing behind, if the model cannot be brought up."""
         say = progress or (lambda text: None)
+        if ray_address is None:
+            config = _on(config, resolve_device(config.parallel.device))
         opened = open_model(config.model)
         rank_units(len(opened.units), config.parallel.tp)
-        if ray_address is None:  # this host's memory is the ranks'; elsewhere they judge by their own
+        if config.parallel.device == "cpu" and ray_address is None:
+            # This host's memory is the ranks'; elsewhere, and on GPUs, they judge by their own.
             kv_blocks(opened, config.engine, config.parallel, config.model.max_model_len)
         self._started_ray = False
         self._group = None
@@ -55,9 +59,10 @@ class Cluster:
         try:
             say("starting Ray" if ray_address is None else f"joining Ray at {ray_address}")
             self._start_ray(ray_address)
+            config = _on(config, _device_of_cluster(config.parallel))
             host = "127.0.0.1" if ray_address is None else None
             say(f"starting {config.parallel.tp} rank(s)")
-            self._place(config.parallel.tp, host, config.parallel.threads)
+            self._place(config.parallel, host)
             say("loading weights")
             self.reports = self._load(config)
             blocks = min(report.config.total_blocks for report in self.reports)
@@ -139,9 +144,11 @@ class Cluster:
             raise Unavailable(f"Ray cannot be reached {where}: {str(error).splitlines()[0]}") from error
         self._started_ray = True
 
-    def _place(self, tp: int, host: str | None, threads: int | None) -> None:
+    def _place(self, parallel: ParallelConfig, host: str | None) -> None:
         """Actors in one placement group: tensor parallelism stays inside a node."""
-        self._group = placement_group([BUNDLE] * (tp + 1), strategy="STRICT_PACK")
+        tp, gpus = parallel.tp, 1 if parallel.device == "cuda" else 0
+        rank_bundle = BUNDLE | ({"GPU": 1} if gpus else {})
+        self._group = placement_group([rank_bundle] * tp + [BUNDLE], strategy="STRICT_PACK")
         if not self._group.wait(PLACE_SECONDS):
             raise NotEnough(f"Ray found no node for {tp} ranks in {PLACE_SECONDS:.0f} s: see `ray status`")
 
@@ -149,7 +156,9 @@ class Cluster:
             return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
 
         self._ranks = [
-            RankActor.options(scheduling_strategy=at(rank)).remote(rank, host, self._token, threads, tp)
+            RankActor.options(scheduling_strategy=at(rank), num_gpus=gpus).remote(
+                rank, host, self._token, parallel.threads, tp
+            )
             for rank in range(tp)
         ]
         self._engine = EngineActor.options(scheduling_strategy=at(tp)).remote(host, self._token, tp)
@@ -193,6 +202,22 @@ class Cluster:
                     raise Unavailable(f"the first forward step failed: {output.detail}")
         finally:
             await channel.close()
+
+
+def _on(config: ServeConfig, device: str) -> ServeConfig:
+    return replace(config, parallel=replace(config.parallel, device=device))
+
+
+def _device_of_cluster(parallel: ParallelConfig) -> str:
+    """Where the ranks compute, by what Ray has. Raises NotEnough where GPUs are asked for and missing."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if parallel.device == "cuda" and gpus < parallel.tp:
+        raise NotEnough(
+            f"{parallel.tp} ranks on GPUs need {parallel.tp}, and Ray has {gpus}: see `ray status`"
+        )
+    if parallel.device == "auto":
+        return "cuda" if gpus >= parallel.tp else "cpu"
+    return parallel.device
 
 
 def _agreed(infos: Sequence[EngineInfo]) -> EngineInfo:

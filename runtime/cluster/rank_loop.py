@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from runtime.errors import TramontaneError
-from runtime.model.runner import Runner
+from runtime.model.runners import StepRunner
 from runtime.types import StepPlan
 from runtime.wire.connection import Connection
 from runtime.wire.messages import Hello, WireError
@@ -13,7 +13,7 @@ from runtime.wire.messages import Hello, WireError
 BEAT_SECONDS = 1.0
 
 
-def run_rank(runner: Runner, host: str, port: int, token: str) -> str:
+def run_rank(runner: StepRunner, host: str, port: int, token: str) -> str:
     """A rank's life: join the engine, execute plans until it hangs up. Returns why it ended."""
     connection = Connection.connect(host, port, Hello("rank", token, runner.comm.rank))
     ended = threading.Event()

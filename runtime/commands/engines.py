@@ -65,11 +65,6 @@ def open_front(model: ModelConfig, *, chat: bool) -> Front:
 
 def preview(front: Front, config: ServeConfig) -> EngineInfo:
     """Refuse what can be refused before weights are read; what the engine will be like, as far as known."""
-    if config.parallel.device not in ("auto", "cpu"):
-        raise InvalidArgument(
-            "device",
-            f"{config.parallel.device!r} is not possible: this release has no GPU kernels; use cpu or auto",
-        )
     rank_units(len(front.opened.units), config.parallel.tp)
     context = front.opened.spec.context_length
     wanted = config.model.max_model_len

@@ -30,9 +30,10 @@ class OpenModel:
     checkpoint: Checkpoint
     spec: ModelSpec
     units: tuple[Unit, ...]
-    dtype: str  # of activations and KV: "bf16" or "fp32"
+    dtype: str  # of activations and KV: "bf16" or "fp32" on a CPU, "fp16" on a GPU
     dense: frozenset[str]  # roles kept in bf16 even where int4 would do
     quantize: str | None
+    device: str = "cpu"  # or "cuda"
 
     @property
     def kv_bytes_per_position(self) -> int:
@@ -65,8 +66,9 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     return spec
 
 
-def open_model(config: ModelConfig) -> OpenModel:
-    """Read and check a model's header and decide its numerics. No weights are read."""
+def open_model(config: ModelConfig, device: str = "cpu") -> OpenModel:
+    """Read and check a model's header and decide its numerics, for ranks on "cpu" or "cuda". No weights are
+    read."""
     checkpoint = open_checkpoint(config.path)
     spec = model_spec(checkpoint)
     if config.quantize not in (None, "int4"):
@@ -75,17 +77,26 @@ def open_model(config: ModelConfig) -> OpenModel:
         raise InvalidArgument("quantize", "a GGUF file is served as it is quantised; this is for safetensors")
     if config.quantize and checkpoint.packed:
         raise InvalidArgument("quantize", f"the model is quantised already: {checkpoint.packed}")
+    dtype = _gpu_dtype(config) if device == "cuda" else _cpu_dtype(config, checkpoint, spec)
+    down = [checkpoint.tensors[f"blk.{i}.ffn_down.weight"].type for i in range(spec.layers)]
+    block = 32 if config.quantize else max(t.block for t in down)
+    dense = DENSE_ROLES if dtype == "bf16" else frozenset()
+    return OpenModel(checkpoint, spec, spec.units(block), dtype, dense, config.quantize, device)
+
+
+def _gpu_dtype(config: ModelConfig) -> str:
+    if config.dtype not in ("auto", "fp16"):
+        raise InvalidArgument("dtype", f"{config.dtype!r} is not possible on a GPU: auto or fp16")
+    return "fp16"
+
+
+def _cpu_dtype(config: ModelConfig, checkpoint: Checkpoint, spec: ModelSpec) -> str:
     matrices = [checkpoint.tensors[name] for name, (rows, _) in expected_shapes(spec).items() if rows > 1]
     if config.dtype == "auto":
         # Full-precision files were made to be exact; quantised and bf16 ones lose nothing to bf16 here. The
         # embedding of a GPTQ or AWQ folder is F16 however few bits its layers have.
         exact = not checkpoint.packed and any(t.type in (TensorType.F32, TensorType.F16) for t in matrices)
-        dtype = "fp32" if exact and not config.quantize else "bf16"
-    elif config.dtype in ("bf16", "fp32"):
-        dtype = config.dtype
-    else:
-        raise InvalidArgument("dtype", f"{config.dtype!r} is none of auto, bf16, fp32")
-    down = [checkpoint.tensors[f"blk.{i}.ffn_down.weight"].type for i in range(spec.layers)]
-    block = 32 if config.quantize else max(t.block for t in down)
-    dense = DENSE_ROLES if dtype == "bf16" else frozenset()
-    return OpenModel(checkpoint, spec, spec.units(block), dtype, dense, config.quantize)
+        return "fp32" if exact and not config.quantize else "bf16"
+    if config.dtype in ("bf16", "fp32"):
+        return config.dtype
+    raise InvalidArgument("dtype", f"{config.dtype!r} is none of auto, bf16, fp32")

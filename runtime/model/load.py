@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from runtime.model.units import rank_units
 from runtime.types import EngineInfo
 from runtime.weights.loader import LoadReport, load
 
+if TYPE_CHECKING:
+    from runtime.model.gpu.shard import GpuShard
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -27,12 +31,18 @@ def load_shard(
     *,
     threads: int = 4,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Shard, LoadReport]:
-    """Read the ranges of one rank and build its weights."""
+) -> tuple[Shard | GpuShard, LoadReport]:
+    """Read the ranges of one rank and build its weights, on the device the model was opened for."""
     run = rank_units(len(model.units), tp)[rank]
     slices = shard_slices(model.spec, model.units, run)
     loader = load(model.checkpoint, slices, threads=threads, quantize=model.quantize, progress=progress)
-    shard = build_shard(model.spec, model.units, run, loader, dtype=DTYPES[model.dtype], dense=model.dense)
+    if model.device == "cuda":
+        from runtime.model.gpu.shard import build_gpu_shard  # brings Triton along
+
+        shard = build_gpu_shard(model.spec, model.units, run, loader, device="cuda")
+    else:
+        dtype = DTYPES[model.dtype]
+        shard = build_shard(model.spec, model.units, run, loader, dtype=dtype, dense=model.dense)
     assert loader.report is not None
     _return_memory()
     return shard, loader.report
@@ -66,6 +76,10 @@ def engine_info(
 
 
 def numerics(opened: OpenModel) -> str:
+    if opened.device == "cuda":
+        from runtime.model.gpu.numerics import gpu_numerics_name
+
+        return gpu_numerics_name(units=len(opened.units), quantize=opened.quantize)
     return numerics_name(
         dtype=DTYPES[opened.dtype],
         dense=opened.dense,

@@ -126,10 +126,7 @@ class GpuForward:
         share = linear(x, self.shard.head)[0]
         if self.comm.size == 1:
             return share
-        widths = [
-            sum(u.vocab[1] - u.vocab[0] for u in self.shard.units[slice(*run)])
-            for run in self._runs()
-        ]
+        widths = [sum(u.vocab[1] - u.vocab[0] for u in self.shard.units[slice(*run)]) for run in self._runs()]
         sizes = [x.shape[0] * width * 4 for width in widths]
         gathered = self.comm.gather(share.contiguous().view(-1).view(torch.uint8), sizes)
         if gathered is None:
