@@ -12,9 +12,7 @@ class ModelConfig:
     path: str
     name: str = ""  # served name; empty: the file's own
     quantize: str | None = None  # "int4" quantises dense safetensors on load
-    dtype: str = (
-        "auto"  # of activations: "bf16" | "fp32" on a CPU (auto: fp32 for F32/F16 files), "fp16" on a GPU
-    )
+    dtype: str = "auto"  # activations: "bf16", "fp32" (CPU; auto: fp32 for F32/F16 files), "fp16" (GPU)
     max_model_len: int | None = None  # None: the model's own context length
     chat_template: str | None = None  # a template's text; None: the model's own
 

@@ -1,14 +1,15 @@
 """The forward pass of one rank on a GPU: tokens in, logits of chosen rows out.
 
-Per layer: norm, q k v, rotate and store, attention, its output, norm, gate and up, down. Products hand partial
-sums to whoever comes next, who adds them in the tree's order. Everything follows from shapes and from tensors
-on the device, so a step can be captured in a CUDA graph and replayed.
+Per layer: norm, q k v, rotate and store, attention, its output, norm, gate and up, down. Products hand
+partial sums to whoever comes next, who adds them in the tree's order. Everything follows from shapes and from
+tensors on the device, so a step can be captured in a CUDA graph and replayed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -23,13 +24,13 @@ from runtime.model.communicator import Communicator
 from runtime.model.forward import rope_table
 from runtime.model.gpu.shard import DTYPE, GpuShard, RowParallel
 from runtime.model.reduce import UnitSum
-from runtime.model.units import fold
+from runtime.model.units import fold, rank_units
 
 
 @dataclass(frozen=True, slots=True)
 class GpuBatch:
-    """One step's rows, flattened over B sequences; all int32 on the device. Padding rows have slot -1, padding
-    sequences no rows and context 0."""
+    """One step's rows, flattened over B sequences; all int32 on the device. Padding rows have slot -1,
+    padding sequences no rows and context 0."""
 
     tokens: torch.Tensor  # [M]
     positions: torch.Tensor  # [M]
@@ -58,6 +59,8 @@ class GpuForward:
         self.kv_heads = held[-1].kv_heads[1] - held[0].kv_heads[0]
         self.heads = held[-1].heads[1] - held[0].heads[0]
         self.ffn = held[-1].ffn[1] - held[0].ffn[0]
+        vocab = [shard.units[start].vocab[0] for start, _ in rank_units(len(shard.units), comm.size)]
+        self.vocab_widths = [b - a for a, b in pairwise([*vocab, spec.vocab])]
         no_ffn = [u.ffn[0] == u.ffn[1] for u in shard.units]
         self.sum_attention = UnitSum([False] * len(shard.units), comm, torch.float32)
         self.sum_ffn = UnitSum(no_ffn, comm, torch.float32)
@@ -126,17 +129,11 @@ class GpuForward:
         share = linear(x, self.shard.head)[0]
         if self.comm.size == 1:
             return share
-        widths = [sum(u.vocab[1] - u.vocab[0] for u in self.shard.units[slice(*run)]) for run in self._runs()]
-        sizes = [x.shape[0] * width * 4 for width in widths]
+        sizes = [x.shape[0] * width * 4 for width in self.vocab_widths]
         gathered = self.comm.gather(share.contiguous().view(-1).view(torch.uint8), sizes)
         if gathered is None:
             return None
         return torch.cat([g.view(torch.float32).view(x.shape[0], -1) for g in gathered], dim=1)
-
-    def _runs(self):
-        from runtime.model.units import rank_units
-
-        return rank_units(len(self.shard.units), self.comm.size)
 
 
 def side_by_side(x: torch.Tensor, weights: tuple[PlanarWeight, ...]) -> torch.Tensor:

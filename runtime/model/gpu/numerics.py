@@ -1,8 +1,9 @@
-"""The short name for whatever may change a bit of a reply that a GPU computes. Equal names promise equal bits.
+"""The short name for whatever may change a bit of a reply that a GPU computes. Equal names promise equal
+bits.
 
-Covered: the GPU's architecture, the versions of torch and Triton, the sources of the kernels, of the model and
-of sampling, the types of activations and KV, chunk, segment and U. Not covered, because nothing of it may
-matter: ranks, batches, chunks of prompts, caches, tilings, and how many multiprocessors a GPU has.
+Covered: the GPU's architecture, the versions of torch and Triton, the sources of the kernels, of the model
+and of sampling, the types of activations and KV, chunk, segment and U. Not covered, because nothing of it
+may matter: ranks, batches, chunks of prompts, caches, tilings, and how many multiprocessors a GPU has.
 """
 
 from __future__ import annotations

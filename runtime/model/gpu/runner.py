@@ -14,8 +14,10 @@ import torch
 from runtime.model.communicator import Communicator
 from runtime.model.gpu.forward import GpuBatch, GpuForward
 from runtime.model.gpu.shard import DTYPE, GpuShard
+from runtime.model.runner import Watch
 from runtime.sampling.sampler import SamplerState, sample
-from runtime.types import Chunk, SampledToken, SequenceStart, StepPlan, StepResult
+from runtime.sampling.score import score
+from runtime.types import Chunk, SampledToken, SequenceStart, StepPlan, StepResult, TokenScore
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences of a captured step
 
@@ -63,6 +65,7 @@ class GpuRunner:
         self._graphs = graphs if graphs is not None else shard.device.type == "cuda" and comm.size == 1
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._sequences: dict[int, _Sequence] = {}
+        self.watch: Watch | None = None
 
     @property
     def cache_bytes(self) -> int:
@@ -81,15 +84,19 @@ class GpuRunner:
             return StepResult(plan.step, ())
         chosen = [chunk for chunk in plan.chunks if chunk.samples]
         logits = self._logits(plan.chunks)
+        scores = ()
+        if any(chunk.scores for chunk in plan.chunks) and logits is not None:
+            logits, scored = logits[: len(chosen)], logits[len(chosen) :]
+            scores = self._scores([chunk for chunk in plan.chunks if chunk.scores], scored)
         if not chosen:
-            return StepResult(plan.step, ())
+            return StepResult(plan.step, (), scores)
         sampled = self._sample(chosen, logits)
         for choice in sampled:
             sequence = self._sequences[choice.slot]
             sequence.tokens.append(choice.token)
             if sequence.sampler is not None:
                 sequence.sampler.append(choice.token)
-        return StepResult(plan.step, sampled)
+        return StepResult(plan.step, sampled, scores)
 
     def _begin(self, start: SequenceStart) -> _Sequence:
         sampler = None
@@ -113,8 +120,22 @@ class GpuRunner:
         ids = self.comm.broadcast(None, 8 * len(chunks)).view(torch.int64).tolist()
         return tuple(SampledToken(chunk.slot, token) for chunk, token in zip(chunks, ids, strict=True))
 
+    def _scores(self, chunks: list[Chunk], logits: torch.Tensor) -> tuple[tuple[TokenScore, ...], ...]:
+        """The scores of the tokens after each row of `chunks`, whose logits are given."""
+        found: list[tuple[TokenScore, ...]] = []
+        first = 0
+        for chunk in chunks:
+            sequence = self._sequences[chunk.slot]
+            targets = sequence.tokens[chunk.start + 1 : chunk.start + chunk.length + 1]
+            rows = logits[first : first + chunk.length]
+            if self.watch is not None:
+                self.watch(rows, targets)
+            found.append(score(rows, targets, sequence.sampler.params.logprobs or 0))
+            first += chunk.length
+        return tuple(found)
+
     def _logits(self, chunks: tuple[Chunk, ...]) -> torch.Tensor | None:
-        """fp32 [samples, V] at rank 0, in the order of the plan's chunks."""
+        """fp32 [wanted, V] at rank 0: rows of samples in the order of the plan's chunks, then scored ones."""
         decode = all(chunk.length == 1 and chunk.samples for chunk in chunks)
         if not (self._graphs and decode and len(chunks) <= BUCKETS[-1]):
             return self.forward.logits(self._batch(chunks, len(chunks), None))
@@ -142,11 +163,12 @@ class GpuRunner:
         return _Captured(graph, batch, logits)
 
     def _batch(self, chunks: tuple[Chunk, ...], count: int, width: int | None) -> GpuBatch:
-        """Flatten a plan's chunks to rows, for `count` sequences (padding last) with block tables of `width`."""
+        """Flatten a plan's chunks to rows, for `count` sequences (padding last), block tables of `width`."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         sampled: list[int] = []
+        scored: list[int] = []
         starts = [0]
         contexts: list[int] = []
         tables: list[list[int]] = []
@@ -164,6 +186,8 @@ class GpuRunner:
             ]
             if chunk.samples:
                 sampled.append(len(tokens) - 1)
+            if chunk.scores:
+                scored += range(len(tokens) - chunk.length, len(tokens))
             starts.append(len(tokens))
             contexts.append(stop)
             tables.append(sequence.blocks[: -(-stop // self.block_size)])
@@ -185,6 +209,6 @@ class GpuRunner:
             device([table + [0] * (width - len(table)) for table in tables]),
             device(starts),
             device(contexts + [0] * padding),
-            device(sampled),
+            device(sampled + scored),
             longest,
         )
