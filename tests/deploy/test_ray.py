@@ -1,0 +1,157 @@
+"""The examples of deploy/ray and the container's script against a Ray head with its job server and a token:
+all of it for real, on one machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from runtime.server.lifecycle import SERVICE
+from tests.cli.command import run
+from tests.deploy.cluster import Head, free_ports, ray_head, stop, wait_until
+from tests.deploy.manifests import DEPLOY
+from tests.support import REPOSITORY
+from tramontane import Client, FinishReason
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+PROMPT = "In an age"
+LONG = 2000  # tokens: longer than the 3 s that Ray by itself gives a job to stop in
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with ray_head(REPOSITORY) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def model(tiny) -> str:
+    return str(tiny(context=4096, heads=4, kv_heads=2))
+
+
+@pytest.fixture(scope="module")
+def expected(model) -> str:
+    return run("generate", model, "--prompt", PROMPT, "--max-tokens", "20", "--local", "--json").json["text"]
+
+
+@pytest.fixture(scope="module")
+def short_jobs(head, model) -> Iterator[dict[str, Future]]:
+    """Jobs that end by themselves, submitted at once: what takes their time is Ray's, and mostly waiting."""
+    generate = [str(DEPLOY / "ray/generate.sh"), model, PROMPT, "--max-tokens", "20", "--tp", "2", "--json"]
+    wrong = [str(DEPLOY / "ray/serve.sh"), "wrong", model, "--tp", "9"]
+    with ThreadPoolExecutor() as pool:
+        yield {
+            "generate": pool.submit(head.run, *generate, timeout=200),
+            "wrong": pool.submit(head.run, *wrong, timeout=200),
+        }
+
+
+def ask(port: int, **options) -> str:
+    with Client(f"127.0.0.1:{port}") as client:
+        return client.generate(PROMPT, max_tokens=20, temperature=0.0, timeout=60, **options).text
+
+
+def ready(port: int) -> int:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status
+
+
+def test_a_service_as_a_ray_job(head, short_jobs, model, expected):
+    (port,) = free_ports(1)
+    served = head.run(
+        str(DEPLOY / "ray/serve.sh"), "service", model, "--tp", "2", "--port", str(port), timeout=150
+    )
+    assert served.returncode == 0, served.stderr
+    assert f"on 127.0.0.1:{port} (tp 2" in served.stdout
+    assert ready(port) == health_pb2.HealthCheckResponse.SERVING
+    assert ask(port) == expected
+
+    # Stopping it lets a reply finish that takes longer than Ray itself would wait.
+    with Client(f"127.0.0.1:{port}") as client:
+        options = {"max_tokens": LONG, "temperature": 0.0, "ignore_eos": True}
+        with client.stream_generate(PROMPT, timeout=120, **options) as stream:
+            next(iter(stream))
+            stopper = threading.Thread(target=head.ray, args=("job", "stop", "service"))
+            stopper.start()
+            begun = time.monotonic()
+            for _ in stream:
+                pass
+            assert time.monotonic() - begun > 4, "too short a reply to tell"
+            assert stream.result().finish_reason is FinishReason.LENGTH
+            assert stream.result().usage.completion_tokens == LONG
+        stopper.join(60)
+    assert "was stopped" in (out := head.ray("job", "status", "service")).stdout + out.stderr
+    short_jobs["generate"].result()  # its actors are others'
+    wait_until(lambda: not head.processes("ray::RankActor", "ray::EngineActor"), 30)
+
+
+def test_a_reply_as_a_ray_job(short_jobs, expected):
+    done = short_jobs["generate"].result()
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
+    assert json.loads(line)["text"] == expected
+
+
+def test_a_job_that_fails_says_so(short_jobs):
+    done = short_jobs["wrong"].result()
+    assert done.returncode == 1 and done.stdout == ""
+    assert "error: tp: " in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: the job wrong ended before it served"
+
+
+def test_a_gateway_joins_serves_and_leaves(head, model, expected):
+    """What the container of the gateway's Deployment runs."""
+    (port,) = free_ports(1)
+    arguments = [model, "--tp", "2", "--port", str(port), "--json"]
+    before = {process.pid for process in head.processes("raylet/raylet")}
+    process = subprocess.Popen(
+        [str(DEPLOY / "docker/node.sh"), "gateway", head.address, *arguments],
+        env=head.environment,
+        stdout=subprocess.PIPE,
+        stderr=(head.folder / "gateway.log").open("w"),
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        line = process.stdout.readline()
+        assert line, (head.folder / "gateway.log").read_text()
+        assert json.loads(line)["port"] == port
+        raylets = {process.pid for process in head.processes("raylet/raylet")}
+        assert len(raylets - before) == 1
+        assert ready(port) == health_pb2.HealthCheckResponse.SERVING
+        assert ask(port) == expected
+    finally:
+        status = stop(process)
+    assert status == 0, (head.folder / "gateway.log").read_text()
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in raylets - before), 30)
+    assert not head.processes("ray::RankActor", "ray::EngineActor")
+
+
+def test_a_node_with_another_token_is_told_so(head):
+    environment = head.environment | {"RAY_AUTH_TOKEN": "f" * 64}
+    command = [str(DEPLOY / "docker/node.sh"), "worker", head.address]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert (
+        done.stderr == f"error: the Ray head at {head.address} refuses the token here: see RAY_AUTH_TOKEN\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["worker"], ["boss", "host:1"], ["worker", "host:1", "--tp"]])
+def test_a_wrong_command_line_of_the_node(arguments):
+    done = subprocess.run(
+        [str(DEPLOY / "docker/node.sh"), *arguments], capture_output=True, text=True, timeout=10, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: give one of: gateway HEAD:PORT") and done.stderr.count("\n") == 1
