@@ -1,0 +1,91 @@
+"""Plays requests through a GPU runner without an engine: greedy replies with logprobs, in any company."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime.config import ModelConfig
+from runtime.model.communicator import Alone, Communicator, Threads
+from runtime.model.gpu.runner import GpuRunner
+from runtime.model.gpu.shard import build_gpu_shard
+from runtime.model.header import OpenModel, open_model
+from runtime.model.layout import shard_slices
+from runtime.model.units import rank_units
+from runtime.types import Chunk, SampledToken, SamplingParams, SequenceStart, StepPlan
+from runtime.weights.loader import load
+from tests.gpu.device import DEVICE
+
+BLOCK = 16
+Reply = tuple[tuple[int, float, tuple], ...]
+
+
+def opened(path: str | Path) -> OpenModel:
+    return open_model(ModelConfig(str(path)), "cuda")
+
+
+def runner(model: OpenModel, positions: int, sequences: int, comm: Communicator | None = None, **settings):
+    comm = comm or Alone()
+    run = rank_units(len(model.units), comm.size)[comm.rank]
+    loader = load(model.checkpoint, shard_slices(model.spec, model.units, run), threads=1)
+    shard = build_gpu_shard(model.spec, model.units, run, loader, device=DEVICE)
+    most = -(-positions // BLOCK)
+    return GpuRunner(
+        shard, comm, total_blocks=most * sequences, block_size=BLOCK, max_positions=most * BLOCK, **settings
+    )
+
+
+def replies(
+    run: GpuRunner,
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    *,
+    chunk: int | None = None,
+    params: SamplingParams | None = None,
+) -> list[Reply]:
+    """A reply of `length` tokens to each prompt, all at once; prompts in chunks of `chunk` tokens."""
+    params = params or SamplingParams(temperature=0.0, logprobs=2)
+    most = -(-max(len(prompt) + length for prompt in prompts) // BLOCK)
+    done: list[list[SampledToken]] = [[] for _ in prompts]
+    at = [0] * len(prompts)
+    step = 0
+    while any(len(reply) < length for reply in done):
+        chunks, starts = [], []
+        for slot, prompt in enumerate(prompts):
+            if len(done[slot]) == length:
+                continue
+            if at[slot] == 0:
+                starts.append(SequenceStart(slot, tuple(prompt), len(prompt), params, ()))
+            left = max(1, len(prompt) - at[slot])
+            count = min(left, chunk or left)
+            blocks = tuple(range(slot * most, (slot + 1) * most)) if at[slot] == 0 else ()
+            chunks.append(Chunk(slot, at[slot], count, blocks, at[slot] + count >= len(prompt)))
+            at[slot] += count
+        for token in run.execute(StepPlan(step, (), tuple(starts), tuple(chunks))).tokens:
+            done[token.slot].append(token)
+        step += 1
+    return [tuple((t.token, t.logprob, tuple(t.top)) for t in reply) for reply in done]
+
+
+def replies_of_ranks(model: OpenModel, tp: int, prompts: Sequence[Sequence[int]], length: int) -> list[Reply]:
+    """The same by `tp` ranks that are threads of this process, on one device."""
+    comms = Threads.group(tp)
+    found: dict[int, list[Reply]] = {}
+    failed: list[BaseException] = []
+
+    def work(comm: Threads) -> None:
+        try:
+            found[comm.rank] = replies(runner(model, 64, len(prompts), comm), prompts, length)
+        except BaseException as error:  # told to the caller below
+            failed.append(error)
+            comm.close()
+
+    threads = [threading.Thread(target=work, args=(comm,)) for comm in comms]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(240)
+    if failed:
+        raise failed[0]
+    return found[0]

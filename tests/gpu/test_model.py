@@ -1,0 +1,72 @@
+"""Whole models by GPU kernels: near an independent fp32 reference, and equal to themselves bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.device import ON_GPU
+from tests.gpu.play import opened, replies, replies_of_ranks, runner
+
+PROMPTS = ((5, 9, 33, 7, 1), (2, 60, 11), tuple(range(3, 20)))
+TYPES = {"*": "Q4_0", "attn_v": "Q8_0", "ffn_down": "Q5_0", "token_embd": "Q4_1", "output": "Q8_0"}
+SHAPE = {"hidden": 128, "layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 160, "vocab": 260}
+
+
+@pytest.fixture(scope="module")
+def model(tiny) -> Path:
+    return tiny(types=TYPES, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def alone(model) -> list:
+    return [replies(runner(opened(model), 64, 1), [prompt], 3)[0] for prompt in PROMPTS]
+
+
+def test_like_the_cpu(model, alone) -> None:
+    """Greedy tokens and logprobs against this project's fp32 CPU path, which has its own reference."""
+    from runtime.config import ModelConfig
+    from runtime.model.communicator import Alone
+    from runtime.model.header import open_model
+    from runtime.model.load import load_shard
+    from runtime.model.runner import Runner
+
+    shard, _ = load_shard(open_model(ModelConfig(str(model), dtype="fp32")), 0, 1)
+    cpu = Runner(shard, Alone(), total_blocks=12, block_size=16, max_positions=64)
+    for mine, theirs in zip(alone, replies(cpu, PROMPTS, 3), strict=True):
+        assert [token for token, _, _ in mine] == [token for token, _, _ in theirs]
+        assert [p for _, p, _ in mine] == pytest.approx([p for _, p, _ in theirs], abs=0.02)
+
+
+def test_company_and_chunks(model, alone) -> None:
+    run = opened(model)
+    assert replies(runner(run, 64, 3), PROMPTS, 3) == alone
+    assert replies(runner(run, 64, 3), PROMPTS, 3, chunk=2) == alone
+
+
+@pytest.mark.parametrize("tp", [2])
+def test_ranks(model, alone, tp: int) -> None:
+    assert replies_of_ranks(opened(model), tp, PROMPTS, 3) == alone
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+def test_graphs_change_nothing(model, alone) -> None:
+    run = opened(model)
+    assert replies(runner(run, 64, 3, graphs=False), PROMPTS, 3) == alone
+    assert replies(runner(run, 64, 3, graphs=True), PROMPTS, 3) == alone
+
+
+@pytest.mark.skipif(not ON_GPU, reason="too slow interpreted")
+@pytest.mark.parametrize("kv_heads, tp", [(8, 1), (8, 2), (8, 3), (8, 4), (8, 5), (8, 8), (3, 2), (3, 3)])
+def test_degrees(tiny, kv_heads: int, tp: int) -> None:
+    shape = {
+        "hidden": 256,
+        "layers": 2,
+        "heads": kv_heads * 2,
+        "kv_heads": kv_heads,
+        "head_dim": 64,
+        "ffn": 1280,
+    }
+    run = opened(tiny(types={"*": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q5_0"}, **shape))
+    assert replies_of_ranks(run, tp, PROMPTS, 8) == replies(runner(run, 64, 3), PROMPTS, 8)
