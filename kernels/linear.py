@@ -2,8 +2,9 @@
 
 The rule of rows on a CPU stands on measured behaviour of torch's operators (docs/numerics.md):
 
-* `_weight_int4pack_mm_for_cpu` computes rows and columns independently of each other, so it takes any number
-  of rows, and columns of several units in one call.
+* int4 runs on AMX where there is such (`kernels.native`): tiles compute rows and columns independently of
+  each other, so it takes any number of rows, columns of several units, and several products in one call.
+* Elsewhere `_weight_int4pack_mm_for_cpu` serves, with other bits, rows and columns independent likewise.
 * A dense bf16 product is called with exactly 16 rows, padded, so that one kernel with one order of K serves
   every batch. Its columns are those of one unit, whoever holds it. From K = 1536 on, oneDNN splits K among
   threads where N is small, so K is cut into chunks of 1024, each rounded to bf16 and added in fp32, in order.
@@ -12,9 +13,12 @@ The rule of rows on a CPU stands on measured behaviour of torch's operators (doc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+
+from kernels.native import int4, machine
 
 TILE = 16  # rows of one dense call
 K_CHUNK = 256  # columns of K in one dense fp32 call
@@ -23,8 +27,24 @@ INT4_GROUPS = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
+class Int4Tiles:
+    """w[n, k] = (code[n, k] - 8) * scale + zero, bf16 scale and zero a group of k, packed for AMX; or `parts`
+    such weights of one shape, one after another."""
+
+    packed: torch.Tensor  # uint8 [parts * N / 16, K / group, bytes]: see kernels/native/int4.py
+    group: int
+    parts: int
+    out_features: int
+    in_features: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class Int4Weight:
-    """w[n, k] = (code[n, k] - 8) * scale + zero, bf16 scale and zero a group of k."""
+    """The same for torch's operator."""
 
     packed: torch.Tensor  # uint8 [N, K / 2], in the operator's own order
     scales_and_zeros: torch.Tensor  # bf16 [K / group, N, 2]
@@ -60,7 +80,12 @@ class Fp32Weight:
         return sum(chunk.nbytes for chunk in self.chunks)
 
 
-Weight = Int4Weight | Bf16Weight | Fp32Weight
+Weight = Int4Tiles | Int4Weight | Bf16Weight | Fp32Weight
+
+
+def int4_operator() -> str:
+    """The name of what serves int4 weights here: two of them differ in bits."""
+    return "int4-amx" if machine.supported() else "int4"
 
 
 def int4_takes(out_features: int, in_features: int, group: int) -> bool:
@@ -70,10 +95,10 @@ def int4_takes(out_features: int, in_features: int, group: int) -> bool:
     )
 
 
-def pack_int4(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, group: int) -> Int4Weight:
+def pack_int4(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, group: int) -> Weight:
     """Pack codes [N, K] in 0..15 with w = code * scale + offset, scale and offset fp32 [N, K / group].
 
-    The operator keeps scale and zero = offset + 8 * scale in bf16: at most 2**-9 of each is lost.
+    Scale and zero = offset + 8 * scale are kept in bf16: at most 2**-9 of each is lost.
     Raises ValueError for a shape that `int4_takes` refuses.
     """
     n, k = codes.shape
@@ -81,9 +106,34 @@ def pack_int4(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, 
         raise ValueError(
             f"int4 weight: codes {tuple(codes.shape)}, scales {tuple(scales.shape)}, group {group} do not fit"
         )
+    zeros = offsets + 8 * scales
+    if machine.supported() and k <= int4.LONGEST:
+        return Int4Tiles(int4.pack(codes, scales, zeros), group, 1, n, k)
+    return pack_int4_for_torch(codes, scales, zeros, group)
+
+
+def pack_int4_for_torch(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group: int
+) -> Int4Weight:
+    n, k = codes.shape
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-    pair = torch.stack((scales.t(), (offsets + 8 * scales).t()), dim=-1).to(torch.bfloat16).contiguous()
+    pair = torch.stack((scales.t(), zeros.t()), dim=-1).to(torch.bfloat16).contiguous()
     return Int4Weight(packed, pair, group, n, k)
+
+
+def stack(weights: Sequence[Weight]) -> tuple[Weight, ...]:
+    """Weights with an input each, for `linear_parts`: as one where they are alike and packed for AMX."""
+    first = weights[0]
+    if not all(
+        isinstance(w, Int4Tiles) and isinstance(first, Int4Tiles) and _alike(w, first) for w in weights
+    ):
+        return tuple(weights)
+    packed = torch.cat([w.packed for w in weights if isinstance(w, Int4Tiles)])
+    return (replace(first, packed=packed, parts=len(weights)),)
+
+
+def _alike(a: Int4Tiles, b: Int4Tiles) -> bool:
+    return (a.group, a.parts, *a.packed.shape) == (b.group, 1, *b.packed.shape)
 
 
 def pack_bf16(weight: torch.Tensor) -> Bf16Weight:
@@ -110,6 +160,8 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     x is bf16 for int4 and bf16 weights, fp32 for fp32 ones, and contiguous; the result has its type.
     Raises ValueError naming what does not fit.
     """
+    if isinstance(weight, Int4Tiles):
+        return _int4_tiles(x, weight)
     if isinstance(weight, Int4Weight):
         if x.dtype is not torch.bfloat16 or x.shape[-1] != weight.in_features or x.ndim != 2 or not x.is_cpu:
             raise _misfit(x, weight)
@@ -130,6 +182,30 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
         padded[: m - whole] = x[whole:]
         tiles.append(product(padded, weight)[: m - whole])
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+
+def linear_parts(x: torch.Tensor, weights: Sequence[Weight]) -> Sequence[torch.Tensor]:
+    """x [parts, M, K] by a weight each, as `stack` returns them -> parts times [M, N]."""
+    if len(weights) < x.shape[0]:
+        return _int4_tiles(x, weights[0]).unbind(0)
+    return [linear(part, weight) for part, weight in zip(x, weights, strict=True)]
+
+
+def _int4_tiles(x: torch.Tensor, weight: Int4Tiles) -> torch.Tensor:
+    """x [M, K], or [parts, M, K] where the weight has several parts -> the same with N columns."""
+    if (
+        x.dtype is not torch.bfloat16
+        or x.shape[-1] != weight.in_features
+        or x.ndim != (2 if weight.parts == 1 else 3)
+        or x.shape[0] != weight.parts > 1
+        or not x.is_cpu
+    ):
+        raise _misfit(x, weight)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], weight.out_features)
+    int4.product(x, weight.packed, weight.group, weight.parts, out)
+    return out
 
 
 def _misfit(x: torch.Tensor, weight: Weight) -> ValueError:

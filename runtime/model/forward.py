@@ -16,7 +16,7 @@ from kernels.activation import silu_mul
 from kernels.attention import AttentionCall, paged_attention, tile_buffers
 from kernels.embedding import rows
 from kernels.head import head_logits
-from kernels.linear import TILE, Int4Weight, linear
+from kernels.linear import TILE, Bf16Weight, Fp32Weight, linear, linear_parts
 from kernels.norm import rms_norm
 from kernels.rope import rope_
 from runtime.model.communicator import Communicator
@@ -80,8 +80,8 @@ class Forward:
         self.sum_attention = UnitSum([False] * len(shard.units), comm, shard.dtype)
         self.sum_ffn = UnitSum(no_ffn, comm, shard.dtype)
         # Dense products take whole tiles: the FFN's rows are then padded once, for all its products.
-        ffn_weights = [w for layer in shard.layers for call in layer.gate_up for w in call.columns.parts]
-        self.pads_ffn = not any(isinstance(w, Int4Weight) for w in ffn_weights)
+        ffn_weights = [w for layer in shard.layers for ffn in layer.ffn for w in ffn.gate_up.parts]
+        self.pads_ffn = all(isinstance(w, Bf16Weight | Fp32Weight) for w in ffn_weights)
         runs = rank_units(len(shard.units), comm.size)
         self.vocab_at = [shard.units[start].vocab[0] for start, _ in runs] + [spec.vocab]
 
@@ -106,17 +106,16 @@ class Forward:
             self._rotate_and_store(qkv, index, cos, sin, batch)
             q = qkv[:, : self.heads * spec.head_dim].view(q_shape)
             paged_attention(q, self.cache[index], batch.calls, buffers, self.scale, attended)
-            partials = {first + u: linear(attended[u], w) for u, w in enumerate(layer.attention_output)}
+            partials = dict(enumerate(linear_parts(attended, layer.attention_output), start=first))
             x += self.sum_attention(partials, m, spec.hidden)
             h = rms_norm(residual if self.pads_ffn else x, layer.ffn_norm, spec.norm_eps, shard.dtype)
             partials = {}
-            for call in layer.gate_up:
-                y = columns(h, call.columns)[:m]
-                pair = y.view(m, -1, 2, call.width).transpose(0, 1)
-                inner = torch.empty(pair.shape[0], m, call.width, dtype=shard.dtype)
+            for ffn in layer.ffn:
+                y = columns(h, ffn.gate_up)[:m]
+                pair = y.view(m, -1, 2, ffn.width).transpose(0, 1)
+                inner = torch.empty(pair.shape[0], m, ffn.width, dtype=shard.dtype)
                 silu_mul(pair[:, :, 0], pair[:, :, 1], out=inner)
-                for n, u in enumerate(range(*call.units)):
-                    partials[first + u] = linear(inner[n], layer.down[u])
+                partials |= enumerate(linear_parts(inner, ffn.down), start=first + ffn.units[0])
             x += self.sum_ffn(partials, m, spec.hidden)
         return rms_norm(x.index_select(0, batch.sampled), shard.output_norm, spec.norm_eps, torch.float32)
 

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 
 import kernels
+from kernels.linear import int4_operator
 
 _HASHED = ("model", "sampling", "weights")
 
 
 def numerics_name(*, dtype: torch.dtype, dense: frozenset[str], units: int, quantize: str | None) -> str:
-    """For example `cpu.avx512-amx/torch2.13.0/5f0c9a1d/bf16.kv-bf16.int4+down/u3`:
-    weights in int4 where the operator takes them, but for the roles named after the `+`, which are bf16."""
+    """For example `cpu.avx512-amx/torch2.13.0/5f0c9a1d/bf16.kv-bf16.int4-amx+down/u3`: weights in int4, by
+    this operator, where it takes them, but for the roles named after the `+`, which are bf16."""
     kind = "bf16" if dtype == torch.bfloat16 else "fp32"
-    weights = "fp32" if kind == "fp32" else "+".join(["int4", *sorted(dense)])
+    weights = "fp32" if kind == "fp32" else "+".join([int4_operator(), *sorted(dense)])
     if quantize:
         weights += f".{quantize}"
     version = torch.__version__.split("+")[0]
@@ -37,7 +38,8 @@ def _instruction_set() -> str:
 @cache
 def _sources() -> str:
     digest = hashlib.sha256()
-    folders = [Path(kernels.__file__).parent]
+    root = Path(kernels.__file__).parent
+    folders = [root, root / "native"]
     folders += [Path(__file__).parent.parent / name for name in _HASHED]
     for folder in folders:
         for path in sorted(folder.glob("*.py")):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kernels.linear import TILE, Weight, int4_takes, linear, pack_bf16, pack_fp32, pack_int4
+from kernels.linear import TILE, Weight, int4_takes, linear, pack_bf16, pack_fp32, pack_int4, stack
 from runtime.model.units import Span
 from runtime.weights.planar import Planar
 
@@ -42,6 +42,10 @@ class Packer:
         if role not in self.dense and _int4(value, row_count(value)):
             return pack_int4(*_int4_parts(value))
         return pack_bf16(dense(value, torch.bfloat16))
+
+    def inputs(self, values: Sequence[Loaded], role: str) -> tuple[Weight, ...]:
+        """A unit's columns of one tensor each, for `linear_parts`: several weights, or one for all units."""
+        return stack([self.weight(value, role) for value in values])
 
     def columns(self, parts: Sequence[tuple[Loaded, Sequence[Span]]], role: str) -> Columns:
         """Tensors that share an input, each with the row ranges of its units within it, laid end to end.

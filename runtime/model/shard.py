@@ -22,24 +22,24 @@ from runtime.weights.planar import Planar
 
 
 @dataclass(frozen=True, slots=True)
-class GateUp:
-    """Gate and up projections of some neighbouring units: columns [gate | up] a unit, each `width` wide."""
+class FeedForward:
+    """The FFN of some neighbouring units, alike in size."""
 
-    columns: Columns
+    gate_up: Columns  # [gate | up] a unit, each `width` wide
+    down: tuple[Weight, ...]  # for `linear_parts`
     units: Span  # counted from the rank's first
     width: int
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Per-unit entries are in the order of the rank's units; None where a unit owns no FFN channels."""
+    """What is held of one layer, units in the rank's order. Units that own no FFN channels have no FFN."""
 
     attention_norm: torch.Tensor  # fp32 [H]
     qkv: Columns  # [q of all units | k | v]
-    attention_output: tuple[Weight, ...]
+    attention_output: tuple[Weight, ...]  # for `linear_parts`
     ffn_norm: torch.Tensor
-    gate_up: tuple[GateUp, ...]
-    down: tuple[Weight | None, ...]
+    ffn: tuple[FeedForward, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,10 @@ class Shard:
             if head.table is not None:
                 seen[id(head.table)] = head.table.nbytes
         for layer in self.layers:
-            columns = [layer.qkv, *(call.columns for call in layer.gate_up)]
-            weights = [w for c in columns for w in c.parts] + list(layer.attention_output)
-            for weight in weights + [w for w in layer.down if w]:
-                seen[id(weight)] = weight.nbytes
+            weights = [*layer.qkv.parts, *layer.attention_output]
+            for ffn in layer.ffn:
+                weights += [*ffn.gate_up.parts, *ffn.down]
+            seen |= {id(weight): weight.nbytes for weight in weights}
         return sum(seen.values())
 
 
@@ -117,38 +117,39 @@ def build_shard(
         kv_spans = [_within(u.kv_heads, share.kv_heads, spec.head_dim) for u in mine]
         qkv = pack.columns([(q, q_spans), (k, kv_spans), (take(name("attn_v")), kv_spans)], "qkv")
         whole = take(name("attn_output"))
-        output = tuple(pack.weight(select_cols(whole, span), "attention_output") for span in q_spans)
+        output = pack.inputs([select_cols(whole, span) for span in q_spans], "attention_output")
         ffn_norm = vector(name("ffn_norm"))
-        gate_up: tuple[GateUp, ...] = ()
-        down: list[Weight | None] = [None] * len(mine)
+        ffn: tuple[FeedForward, ...] = ()
         if share.ffn[0] < share.ffn[1]:
             spans = [_within(u.ffn, share.ffn, 1) for u in mine]
-            gate_up = _gate_up(take(name("ffn_gate")), take(name("ffn_up")), spans, pack)
-            for n, (start, stop) in enumerate(spans):
-                if start < stop:
-                    down[n] = pack.weight(take(name("ffn_down")), "down")
-        layers.append(Layer(attention_norm, qkv, output, ffn_norm, gate_up, tuple(down)))
+            gate, up = take(name("ffn_gate")), take(name("ffn_up"))
+            down = [take(name("ffn_down")) if start < stop else None for start, stop in spans]
+            ffn = _feed_forward(gate, up, down, spans, pack)
+        layers.append(Layer(attention_norm, qkv, output, ffn_norm, ffn))
     if next(loaded, None) is not None:
         raise ValueError("more slices arrived than were planned")
     return Shard(spec, units, run, dtype, embedding, share.vocab, tuple(layers), output_norm, heads, factors)
 
 
-def _gate_up(gate: Loaded, up: Loaded, spans: list[Span], pack: Packer) -> tuple[GateUp, ...]:
+def _feed_forward(
+    gate: Loaded, up: Loaded, down: list[Loaded | None], spans: list[Span], pack: Packer
+) -> tuple[FeedForward, ...]:
     """All units in one call where they are alike and the operator allows it, else a call a unit."""
-    owning = [n for n, (start, stop) in enumerate(spans) if start < stop]
     widths = {stop - start for start, stop in spans}
+    owning = [(n, span, w) for n, (span, w) in enumerate(zip(spans, down, strict=True)) if w is not None]
     if len(widths) == 1:
-        pairs = [(value, [span]) for span in spans for value in (gate, up)]
-        columns = pack.columns(pairs, "gate_up")
+        columns = pack.columns([(value, [span]) for span in spans for value in (gate, up)], "gate_up")
         if len(columns.parts) == 1:
-            return (GateUp(columns, (0, len(spans)), widths.pop()),)
+            outputs = pack.inputs([w for _, _, w in owning], "down")
+            return (FeedForward(columns, outputs, (0, len(spans)), widths.pop()),)
     return tuple(
-        GateUp(
-            pack.columns([(gate, [spans[n]]), (up, [spans[n]])], "gate_up"),
+        FeedForward(
+            pack.columns([(gate, [span]), (up, [span])], "gate_up"),
+            pack.inputs([w], "down"),
             (n, n + 1),
-            spans[n][1] - spans[n][0],
+            span[1] - span[0],
         )
-        for n in owning
+        for n, span, w in owning
     )
 
 

@@ -1,4 +1,7 @@
-"""Linear layers: a row depends on itself alone, bit for bit, an int4 column too, and both are right."""
+"""Linear layers: a row depends on itself alone, bit for bit, an int4 column too, and both are right.
+
+"int4" is the operator that serves here, "int4 of torch" the one that serves where there is no AMX.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,26 @@ import torch
 
 from kernels.linear import (
     BF16_K_CHUNK,
-    Int4Weight,
     Weight,
     int4_takes,
     linear,
+    linear_parts,
     pack_bf16,
     pack_fp32,
     pack_int4,
+    pack_int4_for_torch,
+    stack,
 )
+from kernels.native import int4, machine
 from tests.bits import random, same_bits, torch_threads
 from tests.cancel import cancelling_product
 
+AMX = machine.supported()
 ROWS = (1, 2, 8, 15, 16, 17, 64, 256)
 # Shapes (N, K) that models have: a unit's share of something, of SmolLM2 and of stories260K; the ends of
 # what int4 takes; and odd ones, which only the dense operators take.
 INT4 = [(16, 32, 32), (192, 576, 32), (960, 576, 32), (576, 512, 32), (64, 256, 256), (48, 640, 128)]
+INT4_KINDS = ("int4", "int4 of torch")
 DENSE = [(1, 1), (64, 64), (43, 64), (64, 172), (192, 576), (1024, 576), (33, 1000)]
 
 
@@ -31,14 +39,22 @@ def int4_parts(seed: int, n: int, k: int, group: int) -> tuple[torch.Tensor, tor
     return codes, scales, -8 * scales * (1 + 0.1 * random(seed + 2, n, k // group))
 
 
-def weight_of(kind: str, n: int, k: int, group: int = 0) -> Weight:
+def int4_weight(
+    codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, group: int, kind: str = "int4"
+) -> Weight:
     if kind == "int4":
-        return pack_int4(*int4_parts(n + k, n, k, group), group)
+        return pack_int4(codes, scales, offsets, group)
+    return pack_int4_for_torch(codes, scales, offsets + 8 * scales, group)
+
+
+def weight_of(kind: str, n: int, k: int, group: int = 0) -> Weight:
+    if kind in INT4_KINDS:
+        return int4_weight(*int4_parts(n + k, n, k, group), group, kind)
     dense = random(n * 7 + k, n, k) / k**0.5
     return pack_bf16(dense) if kind == "bf16" else pack_fp32(dense)
 
 
-CASES = [("int4", *shape) for shape in INT4] + [
+CASES = [(kind, *shape) for kind in INT4_KINDS for shape in INT4] + [
     (kind, n, k, 0) for kind in ("bf16", "fp32") for n, k in DENSE
 ]
 
@@ -65,16 +81,18 @@ def test_a_row_does_not_know_its_batch(kind, n, k, group):
 
 def cancelling(kind: str, n: int, k: int) -> tuple[torch.Tensor, Weight]:
     """17 rows and a weight whose products are nothing but rounding: see tests/cancel.py."""
-    x, w = cancelling_product(17, n, k, codes=kind == "int4", block=BF16_K_CHUNK if kind == "bf16" else None)
+    x, w = cancelling_product(
+        17, n, k, codes=kind in INT4_KINDS, block=BF16_K_CHUNK if kind == "bf16" else None
+    )
     if kind == "fp32":
         return x, pack_fp32(w)
     if kind == "bf16":
         return x.bfloat16(), pack_bf16(w)
     scales = torch.full((n, k // 32), 0.125)
-    return x.bfloat16(), pack_int4((w + 8).to(torch.uint8), scales, -8 * scales, 32)
+    return x.bfloat16(), int4_weight((w + 8).to(torch.uint8), scales, -8 * scales, 32, kind)
 
 
-@pytest.mark.parametrize("kind", ["int4", "bf16", "fp32"])
+@pytest.mark.parametrize("kind", [*INT4_KINDS, "bf16", "fp32"])
 @pytest.mark.parametrize(
     ("n", "k"),
     [(16, 64), (48, 576), (192, 1536), (16, 2048), (64, 2048), (128, 4096), (576, 1536), (32, 14336)],
@@ -84,7 +102,7 @@ def test_not_even_the_rounding_knows_batch_or_threads(kind, n, k):
     x, weight = cancelling(kind, n, k)
     with torch_threads(1):
         alone = torch.cat([linear(x[i : i + 1], weight) for i in range(17)])
-    assert kind == "int4" or k < 500 or (alone != 0).double().mean() > 0.5
+    assert kind in INT4_KINDS or k < 500 or (alone != 0).double().mean() > 0.5
     for threads in (1, 2, 3, 4, 8, 16):
         with torch_threads(threads):
             assert same_bits(linear(x, weight), alone), threads
@@ -103,7 +121,7 @@ def test_a_long_fp32_row_does_not_know_its_batch():
             assert same_bits(linear(x.flip(0), weight)[16:], alone)
 
 
-@pytest.mark.parametrize("kind", ["int4", "bf16", "fp32"])
+@pytest.mark.parametrize("kind", [*INT4_KINDS, "bf16", "fp32"])
 @pytest.mark.parametrize("loud", [float("inf"), float("nan"), 1e30])
 def test_a_loud_neighbour_is_not_heard(kind, loud):
     weight = weight_of(kind, 48, 320, 32)
@@ -113,46 +131,68 @@ def test_a_loud_neighbour_is_not_heard(kind, loud):
     assert same_bits(linear(x, weight)[::2], quiet[::2])
 
 
+@pytest.mark.parametrize("kind", INT4_KINDS)
 @pytest.mark.parametrize(("n", "k", "group"), [(96, 576, 32), (192, 256, 64)])
 @pytest.mark.parametrize("m", [1, 7, 16, 40])
-def test_int4_columns_do_not_know_their_neighbours(n, k, group, m):
+def test_int4_columns_do_not_know_their_neighbours(kind, n, k, group, m):
     """A unit's columns alone equal the same ones of the fused call, so ranks may fuse what they hold."""
     codes, scales, offsets = int4_parts(1, n, k, group)
     x = random(2, m, k, dtype=torch.bfloat16)
-    whole = linear(x, pack_int4(codes, scales, offsets, group))
+    whole = linear(x, int4_weight(codes, scales, offsets, group, kind))
     for start, stop in [(0, 16), (16, 64), (n - 48, n), (0, n - 16)]:
         rows = slice(start, stop)
         for threads in (1, 2):
             with torch_threads(threads):
-                part = linear(x, pack_int4(codes[rows], scales[rows], offsets[rows], group))
+                part = linear(x, int4_weight(codes[rows], scales[rows], offsets[rows], group, kind))
             assert same_bits(part, whole[:, rows].contiguous())
 
 
-def exact_int4(weight: Int4Weight, codes: torch.Tensor) -> torch.Tensor:
-    """The operator's own weights, in float64."""
-    scale, zero = weight.scales_and_zeros.double().unbind(-1)
-    wide = [t.t().repeat_interleave(weight.group, dim=1) for t in (scale, zero)]
-    return (codes.double() - 8) * wide[0] + wide[1]
-
-
+@pytest.mark.parametrize("kind", INT4_KINDS)
 @pytest.mark.parametrize(("n", "k", "group"), INT4)
 @pytest.mark.parametrize("m", [1, 16, 33])
-def test_int4_is_right(n, k, group, m):
-    """Within the rounding of the result to bf16, of weights to bf16 inside the operator, and fp32 sums."""
+def test_int4_is_right(kind, n, k, group, m):
+    """Within the rounding of the result to bf16, of weights to bf16 inside torch's operator, and fp32 sums;
+    scale and zero rounded to bf16, once each."""
     codes, scales, offsets = int4_parts(9, n, k, group)
-    weight = pack_int4(codes, scales, offsets, group)
+    weight = int4_weight(codes, scales, offsets, group, kind)
     x = random(8, m, k, dtype=torch.bfloat16)
-    w = exact_int4(weight, codes)
-    want, size = x.double() @ w.t(), x.double().abs() @ w.abs().t()
-    error = (linear(x, weight).double() - want).abs()
-    assert (error <= want.abs() * 2**-8 + size * 2**-9).all()
-    # What was stored is what was given, but for one bf16 rounding each of scale and zero.
-    given = codes.double() * scales.double().repeat_interleave(group, 1) + offsets.double().repeat_interleave(
-        group, 1
+    scale, zero = (
+        t.bfloat16().double().repeat_interleave(group, dim=1) for t in (scales, offsets + 8 * scales)
     )
-    zero = (offsets + 8 * scales).double().repeat_interleave(group, 1).abs()
-    bound = (8 * scales.double().repeat_interleave(group, 1) + zero) * 2**-8
-    assert ((w - given).abs() <= bound).all()
+    w = (codes.double() - 8) * scale + zero
+    want, size = x.double() @ w.t(), x.double().abs() @ ((codes.double() - 8).abs() * scale + zero.abs()).t()
+    error = (linear(x, weight).double() - want).abs()
+    assert (error <= want.abs() * 2**-8 + size * (2**-18 if kind == "int4" and AMX else 2**-9)).all()
+
+
+@pytest.mark.parametrize("m", [1, 16, 40])
+@pytest.mark.parametrize("kind", ["int4", "bf16", "fp32"])
+def test_parts_together_equal_parts_apart(kind, m):
+    """What units do in one call equals a call a unit."""
+    weights = [weight_of(kind, 48, k, 32) for k in (192, 192, 192)]
+    x = random(1, 3, m, 192, dtype=torch.float32 if kind == "fp32" else torch.bfloat16)
+    apart = [linear(part, weight) for part, weight in zip(x, weights, strict=True)]
+    for threads in (1, 2, 4):
+        with torch_threads(threads):
+            together = linear_parts(x, stack(weights))
+            assert len(together) == 3
+            assert all(same_bits(a, b) for a, b in zip(together, apart, strict=True))
+    unlike = [weights[0], weight_of(kind, 64, 192, 32)]
+    first, second = linear_parts(x[:2], stack(unlike))
+    assert same_bits(first, apart[0])
+    assert same_bits(second, linear(x[1], unlike[1]))
+
+
+@pytest.mark.skipif(not AMX, reason="no AMX, or no compiler for it")
+def test_a_k_too_long_for_amx_is_left_to_torch():
+    k = int4.LONGEST
+    x = random(2, 3, 2 * k, dtype=torch.bfloat16)
+    for wide in (k, k + 32):
+        parts = int4_parts(3, 16, wide, 32)
+        weight, other = pack_int4(*parts, 32), int4_weight(*parts, 32, "int4 of torch")
+        assert (type(weight) is type(other)) == (wide > k)
+        y, want = linear(x[:, :wide], weight).double(), linear(x[:, :wide], other).double()
+        assert (y - want).norm() <= 0.01 * want.norm()
 
 
 @pytest.mark.parametrize(("n", "k"), DENSE)
@@ -169,7 +209,7 @@ def test_dense_is_right(n, k, m):
 
 
 def test_inputs_are_left_alone():
-    for kind in ("int4", "bf16", "fp32"):
+    for kind in (*INT4_KINDS, "bf16", "fp32"):
         x = random(1, 20, 64, dtype=torch.float32 if kind == "fp32" else torch.bfloat16)
         before = x.clone()
         linear(x, weight_of(kind, 16, 64, 32))
@@ -178,13 +218,13 @@ def test_inputs_are_left_alone():
 
 def test_a_strided_view_is_the_same_rows():
     wide = random(1, 20, 128)
-    for kind in ("int4", "bf16", "fp32"):
+    for kind in (*INT4_KINDS, "bf16", "fp32"):
         x = (wide if kind == "fp32" else wide.bfloat16())[:, 32:96]
         weight = weight_of(kind, 16, 64, 32)
         assert same_bits(linear(x, weight), linear(x.contiguous(), weight))
 
 
-@pytest.mark.parametrize("kind", ["int4", "bf16", "fp32"])
+@pytest.mark.parametrize("kind", [*INT4_KINDS, "bf16", "fp32"])
 def test_bad_input_is_named(kind):
     weight = weight_of(kind, 16, 64, 32)
     right = torch.float32 if kind == "fp32" else torch.bfloat16

@@ -48,7 +48,7 @@ def kept_by(shard: Shard) -> dict[str, int]:
     return {
         "vocab": storage_bytes(shard.embedding, shard.heads),
         "heads": storage_bytes([(layer.qkv, layer.attention_output) for layer in shard.layers]),
-        "ffn": storage_bytes([(layer.gate_up, layer.down) for layer in shard.layers]),
+        "ffn": storage_bytes([layer.ffn for layer in shard.layers]),
     }
 
 
@@ -108,7 +108,7 @@ def test_a_unit_without_ffn_channels_reads_none(tiny):
         names = {wanted.name for wanted in shard_slices(model.spec, model.units, (rank, rank + 1))}
         assert owns == any(f"ffn_{part}.weight" in name for name in names for part in ("gate", "up", "down"))
         shard, _ = load_shard(model, rank, 8)
-        assert all((down is not None) == owns for layer in shard.layers for down in layer.down)
+        assert all(bool(layer.ffn) == owns for layer in shard.layers)
 
 
 @pytest.mark.slow
