@@ -2,7 +2,7 @@
 
 Weights are the first operand of the matrix instruction, from registers, and tokens its second: any number of
 rows uses one instruction and one order of K, so a row's bits do not depend on its company. Sums are fp32 and
-are added as `chunks` says; how the work is shared out (`Tiling`) cannot change a bit.
+are added as `chunks` says; how the work is shared out (`tuning.Tiling`) cannot change a bit.
 
 With several units a weight's K is theirs, side by side. Products come out as fp32 partial sums [splits, M, N]
 for the consumer to fold (`fold`), or, of gate and up, as fp16 silu(gate) * up.
@@ -10,7 +10,6 @@ for the consumer to fold (`fold`), or, of gate and up, as fp16 silu(gate) * up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -22,21 +21,7 @@ from kernels.gpu.chunks import FIELDS, schedule
 from kernels.gpu.codes import assembly, quarters, shifts
 from kernels.gpu.launch import INTERPRETED, check, launch
 from kernels.gpu.planar import Format, PlanarWeight
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How a launch shares out its work; free of influence on the result.
-
-    weights: rows of w a tile (at least 64, which keeps to one family of matrix instructions); tokens: rows of
-    x a tile (at least 16); split: cuts of the tree of sums; blocks: thread blocks a multiprocessor."""
-
-    weights: int = 64
-    tokens: int = 16
-    warps: int = 4
-    stages: int = 3
-    split: int = 0
-    blocks: int = 4
+from kernels.gpu.tuning import Tiling, tiling_for
 
 
 def linear(
@@ -69,13 +54,6 @@ def gated_linear(
     return _run(x, (gate, up), True, out, tiling)
 
 
-def default_tiling(rows: int, out_features: int) -> Tiling:
-    """A tiling that suits `rows` rows where none was tuned."""
-    if rows <= 64:
-        return Tiling(64, max(16, 1 << (rows - 1).bit_length()), 4, 3, 0, 4)
-    return Tiling(128, 128, 8, 3, 0, 1)
-
-
 def _run(
     x: torch.Tensor,
     weights: tuple[PlanarWeight, ...],
@@ -95,7 +73,7 @@ def _run(
     for weight in weights:
         if weight.low.device != x.device:
             raise ValueError(f"linear: x is on {x.device}, a weight on {weight.low.device}")
-    tiling = tiling or default_tiling(m, n)
+    tiling = tiling or tiling_for(m, weights, gated, x.device)
     if tiling.weights < 64 or tiling.tokens < 16 or tiling.warps < 4:
         raise ValueError(f"linear: {tiling} leaves the family of matrix instructions that fixes the bits")
     plan = schedule(first.width, first.units, 0 if gated else tiling.split, x.device)

@@ -8,9 +8,10 @@ import torch
 
 from kernels.gpu import linear as gemm
 from kernels.gpu.chunks import CHUNK, schedule
-from kernels.gpu.linear import Tiling, gated_linear, linear, linear_pair
+from kernels.gpu.linear import gated_linear, linear, linear_pair
 from kernels.gpu.planar import PlanarWeight, dequantize, prepare, prepare_dense
 from kernels.gpu.tree import merges
+from kernels.gpu.tuning import Tiling
 from runtime.weights.planar import Planar
 from tests.gpu.device import DEVICE, ON_GPU
 from tests.gpu.weights import TYPES, random_planar

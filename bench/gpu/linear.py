@@ -1,0 +1,173 @@
+"""Times the planar GEMM at the flagship's four shapes, or tunes it: needs a CUDA device.
+
+    python bench/gpu/linear.py > linear.json            decode and prefill, every format, peers beside it
+    python bench/gpu/linear.py --tune                   finds tilings and writes kernels/gpu/tuned/GPU.json
+
+Medians over graph replays that go through enough copies of the weights to miss the cache; shares are of the
+run's own copy bandwidth (decode) and of its own bf16 product (prefill). Peers are measured where they are
+installed: torch's tinygemm (int4), bf16 torch.mm. Needs torch and triton alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench.gpu import shapes
+from bench.gpu.shapes import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, UNITS, random_weight
+from bench.gpu.timing import captured, copy_bandwidth, matmul_rate, median_ms, report, require_gpu, show
+from kernels.gpu.linear import gated_linear, linear
+from kernels.gpu.tuning import Tiling, save, shape_name, tiling_for
+
+COLD = 512 << 20  # bytes of weights in one graph: several times any cache of today
+DECODE, PREFILL = (1, 8, 16, 32, 64), (256, 2048)
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    rows: int
+    width: int
+    units: int = 1
+    gated: bool = False
+
+
+SHAPES = (
+    Shape("q k v", (HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+    Shape("attention output", HIDDEN, HIDDEN // UNITS, UNITS),
+    Shape("gate and up", FFN, HIDDEN, gated=True),
+    Shape("down", HIDDEN, FFN // UNITS, UNITS),
+)
+
+
+def call_of(shape: Shape, kind: str, x: torch.Tensor, tiling: Tiling | None) -> tuple[Callable, tuple]:
+    """One call on weights of its own, and those weights."""
+    weights = tuple(random_weight(kind, shape.rows, shape.width, shape.units) for _ in range(1 + shape.gated))
+    product = gated_linear if shape.gated else linear
+    return (lambda: product(x, *weights, tiling=tiling)), weights
+
+
+def inputs(shape: Shape, tokens: int) -> torch.Tensor:
+    return torch.randn(tokens, shape.width * shape.units, device="cuda").half()
+
+
+def timed(
+    shape: Shape, kind: str, tokens: int, tiling: Tiling | None, repeats: int
+) -> tuple[float, int, tuple]:
+    """Median ms a call, bytes of weights a call, the weights."""
+    x = inputs(shape, tokens)
+    call, weights = call_of(shape, kind, x, tiling)
+    size = sum(weight.nbytes for weight in weights)
+    copies = min(32, max(1, COLD // size)) if tokens <= 64 else 1
+    calls = [call, *(call_of(shape, kind, x, tiling)[0] for _ in range(copies - 1))]
+    return median_ms(captured(calls), repeats) / copies, size, weights
+
+
+def measure(kinds: list[str], repeats: int) -> Iterator[dict]:
+    copy, matmul = copy_bandwidth(), matmul_rate(torch.bfloat16)
+    yield {"copy_gb_s": round(copy / 1e9, 1), "bf16_tflops": round(matmul / 1e12, 1)}
+    for shape, kind, tokens in itertools.product(SHAPES, kinds, DECODE + PREFILL):
+        ms, size, weights = timed(shape, kind, tokens, None, repeats)
+        flops = 2 * tokens * shape.rows * shape.width * shape.units * (1 + shape.gated)
+        moved = size + tokens * (2 * shape.width * shape.units + 4 * shape.rows)
+        tiling = tiling_for(tokens, weights, shape.gated, torch.device("cuda"))
+        row = {"shape": shape.name, "weights": kind, "rows": tokens, "us": round(ms * 1e3, 1)}
+        if tokens <= 64:
+            row["share_of_copy"] = round(moved / (ms * 1e-3) / copy, 3)
+        row["share_of_bf16"] = round(flops / (ms * 1e-3) / matmul, 3)
+        row["tiling"] = f"{tiling.weights}x{tiling.tokens} w{tiling.warps} s{tiling.stages} /{tiling.split}"
+        row |= peers(shape, tokens, repeats) if kind == "int4 g128" else {}
+        print(row, file=sys.stderr, flush=True)
+        yield row
+        del weights
+        torch.cuda.empty_cache()
+
+
+def peers(shape: Shape, tokens: int, repeats: int) -> dict[str, float]:
+    """us of torch's own int4 g128 product, and of bf16, on the same sizes (gate and up as one matrix)."""
+    n, k = shape.rows * (1 + shape.gated), shape.width * shape.units
+    x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
+    found = {}
+    dense = [
+        torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(1, COLD // (2 * n * k)))
+    ]
+    run = captured([lambda w=w: torch.mm(x, w.t()) for w in dense])
+    found["bf16_us"] = round(median_ms(run, repeats) / len(dense) * 1e3, 1)
+    del dense
+    try:
+        packed, scales = [], []
+        for _ in range(min(32, max(1, 2 * COLD // (n * k)))):
+            codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
+            packed.append(torch._convert_weight_to_int4pack(codes, 8))
+            scales.append(torch.randn(k // 128, n, 2, device="cuda", dtype=torch.bfloat16))
+        pairs = list(zip(packed, scales, strict=True))
+        run = captured([lambda w=w, s=s: torch._weight_int4pack_mm(x, w, 128, s) for w, s in pairs])
+        found["tinygemm_us"] = round(median_ms(run, repeats) / len(pairs) * 1e3, 1)
+    except (RuntimeError, NotImplementedError) as error:
+        print(f"tinygemm: {str(error).splitlines()[0]}", file=sys.stderr)
+    return found
+
+
+def candidates(shape: Shape, tokens: int) -> Iterator[Tiling]:
+    splits = (0,) if shape.gated else (0, 1, 2, 3)
+    if tokens <= 64:
+        width = max(16, tokens)
+        for weights, stages, split in itertools.product((64, 128), (2, 3, 4, 5), splits):
+            yield Tiling(weights, width, 4, stages, split)
+        for stages in (3, 4):
+            yield Tiling(128, width, 8, stages, 0)
+    else:
+        tiles = ((64, 64, 4), (128, 64, 8), (128, 128, 8), (64, 128, 4), (128, 256, 8))
+        for (weights, width, warps), stages, blocks in itertools.product(tiles, (2, 3, 4), (1, 2)):
+            yield Tiling(weights, width, warps, stages, 0, blocks)
+
+
+def tune(kinds: list[str], repeats: int) -> dict[str, Tiling]:
+    """The quickest tiling of each shape. One that does not fit the multiprocessor is passed over; every one
+    must give the default's bits."""
+    found: dict[str, Tiling] = {}
+    for shape, kind, tokens in itertools.product(SHAPES, kinds, DECODE[2:] + PREFILL):
+        best: tuple[float, Tiling] | None = None
+        for tiling in candidates(shape, tokens):
+            try:
+                ms, _, weights = timed(shape, kind, tokens, tiling, max(5, repeats // 4))
+            except Exception as error:  # out of shared memory or registers: not a candidate
+                print(f"{shape.name} {kind} {tokens} {tiling}: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            name = shape_name(tokens, weights, shape.gated)
+            del weights
+            if best is None or ms < best[0]:
+                best = ms, tiling
+        if best is not None:
+            found[name] = best[1]
+            print(f"{name}: {best[0] * 1e3:.1f} us {best[1]}", file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tune", action="store_true", help="find tilings; write them to kernels/gpu/tuned")
+    parser.add_argument(
+        "--formats", nargs="*", default=["Q4_K", "int4 g128", "Q6_K"], choices=list(shapes.FORMATS)
+    )
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    require_gpu("bench/gpu/linear.py")
+    torch.manual_seed(0)
+    if args.tune:
+        print(save(torch.cuda.get_device_name(), tune(args.formats, args.repeats)))
+        return
+    ceilings, *rows = measure(args.formats, args.repeats)
+    show(report(rows, **ceilings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Tilings that were found fast, one JSON file a GPU; made by `python bench/gpu/linear.py --tune`.
+
+A file maps "shape" to the fields of a `Tiling`, where the shape names the formats, rows, width, units, how
+two weights are combined, and the rows of x up to the next power of two. None of it can change a bit: a missing
+file or entry costs time, not agreement.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from kernels.gpu.launch import INTERPRETED, next_power_of_2
+from kernels.gpu.planar import Format, PlanarWeight
+
+FOLDER = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a launch shares out its work; free of influence on the result.
+
+    weights: rows of w a tile (at least 64, which keeps to one family of matrix instructions); tokens: rows of
+    x a tile (at least 16); split: cuts of the tree of sums; blocks: thread blocks a multiprocessor, where
+    they go through several tiles."""
+
+    weights: int = 64
+    tokens: int = 16
+    warps: int = 4
+    stages: int = 3
+    split: int = 0
+    blocks: int = 4
+
+
+def default_tiling(rows: int, gated: bool) -> Tiling:
+    """A tiling that suits `rows` rows of x where none was tuned."""
+    if rows <= 64:
+        return Tiling(64, max(16, next_power_of_2(rows)), 4, 3, 0, 4)
+    return Tiling(64, 64, 4, 3, 0, 2) if gated else Tiling(128, 128, 8, 3, 0, 1)
+
+
+def tiling_for(rows: int, weights: tuple[PlanarWeight, ...], gated: bool, device: torch.device) -> Tiling:
+    """What was tuned for this GPU and shape, else the default."""
+    if not INTERPRETED:
+        fields = _tuned(file_name(torch.cuda.get_device_name(device))).get(shape_name(rows, weights, gated))
+        if fields is not None:
+            return Tiling(**fields)
+    return default_tiling(rows, gated)
+
+
+def shape_name(rows: int, weights: tuple[PlanarWeight, ...], gated: bool) -> str:
+    """For example "16: 4.0.32.256.1m 57344x8192x1 gated"."""
+    first = weights[0]
+    formats = "+".join(_format_name(weight.format) for weight in weights)
+    sizes = "+".join(str(weight.rows) for weight in weights)
+    tokens = min(4096, max(16, next_power_of_2(rows)))
+    return f"{tokens}: {formats} {sizes}x{first.width}x{first.units}{' gated' if gated else ''}"
+
+
+def file_name(gpu: str) -> str:
+    return "_".join(gpu.lower().replace("nvidia", "").split()) + ".json"
+
+
+def save(gpu: str, found: dict[str, Tiling]) -> Path:
+    """Merge `found` into the GPU's file; returns its path."""
+    path = FOLDER / file_name(gpu)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known |= {name: asdict(tiling) for name, tiling in found.items()}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    return path
+
+
+def _format_name(f: Format) -> str:
+    return f"{f.low}.{f.high}.{f.group}.{f.span}.{f.sub}{'m' if f.minimum else ''}"
+
+
+@cache
+def _tuned(name: str) -> dict[str, dict[str, int]]:
+    path = FOLDER / name
+    return json.loads(path.read_text()) if path.exists() else {}
