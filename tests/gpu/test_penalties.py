@@ -108,16 +108,17 @@ def test_many_entries() -> None:
     made.bias[0, :1400] = torch.arange(1400).double()
     made.presence[0] = 1.0
     state = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    for token in (1399, 1500, 1399):
+    for token in (1399, 1500, 1399, 5):
         remember(torch.tensor([token], device=DEVICE), made, state)
     logits = torch.zeros(1, vocabulary, device=DEVICE)
     adjust(logits, made, state)
     want = torch.zeros(vocabulary)
     want[:1400] = torch.arange(1400).float()
     want[1399] -= 1
+    want[5] -= 1
     want[1500] = -1
     assert torch.equal(logits[0].cpu(), want)
-    assert made.ids[0, 1400] == 1500 and made.counts[0, 1399] == 2
+    assert made.ids[0, 1400] == 1500 and made.counts[0, 1399] == 2 and (made.ids[0, 1401:] == -1).all()
 
 
 def test_refusals() -> None:

@@ -127,8 +127,9 @@ def test_fp8_saturates() -> None:
     assert torch.equal(stored(s).float(), want.float()) and torch.equal(s.q, q.half()) and untouched(s)
 
 
-def test_fp8_with_a_scale_a_token_and_head() -> None:
-    s = step(cache=E4M3, scaled=True, rows=4)
+@pytest.mark.parametrize("head_dim", [12, 16])
+def test_fp8_with_a_scale_a_token_and_head(head_dim: int) -> None:
+    s = step(cache=E4M3, scaled=True, rows=4, head_dim=head_dim)
     s.partials[:, 1] *= 1000
     s.partials[:, 2] *= 1e-30
     s.partials[:, 3] = 0

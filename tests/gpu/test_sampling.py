@@ -134,6 +134,21 @@ def test_top_k_cuts_ties_by_id() -> None:
     assert kept_by(work, logits) == [{100}, {0, 100}, set(range(300))]
 
 
+def test_a_first_middle_that_is_a_token() -> None:
+    """The bisection's bounds are then orders of tokens, and the one at the bound belongs to the prefix."""
+    over = np.nextafter(np.float32(10), np.float32(11))
+    logits = torch.full((2, V), float("-inf"))
+    logits[:, 7], logits[:, 300] = 10.0, -500.0
+    logits[0, 9] = float(np.float32(-30 / 2) + over / np.float32(2))
+    logits[1, 9] = float(np.float32(-790 / 2) + over / np.float32(2))
+    params = [
+        SamplingParams(temperature=1.0, top_k=2, seed=0),
+        SamplingParams(temperature=20.0, top_p=1 - 1e-9, seed=0),
+    ]
+    _, _, work = on_device(logits, params, [0] * 2)
+    assert kept_by(work, logits) == [{7, 9}, {7, 9}]
+
+
 def test_top_p_cuts_ties_by_id() -> None:
     logits = torch.zeros(2, V)
     params = [
