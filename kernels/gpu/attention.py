@@ -43,14 +43,17 @@ def workspace_floats(batch: int, heads: int, head_dim: int, positions: int, *, s
     return batch * split_rows * heads * -(-positions // SEGMENT) * (head_dim + 2)
 
 
-def tuning_for(head_dim: int, fp8: bool, device: torch.device | str) -> AttentionTuning:
-    """Launch shapes for a GPU by its generation, such as stay in registers. None is timed yet."""
-    generation = _generation(device)
+def tuning_for(head_dim: int, fp8: bool, generation: tuple[int, int]) -> AttentionTuning:
+    """Launch shapes for a GPU by its compute capability, such as stay in registers. None is timed yet."""
     if generation >= (10, 0):
-        return AttentionTuning(split_warps=8, split_stages=2, stream_width=64)
+        return AttentionTuning(
+            split_warps=4 if fp8 else 8, split_stages=2, stream_width=64, stream_stages=1 if fp8 else 2
+        )
     if generation >= (9, 0):
-        return AttentionTuning(split_stages=5 if head_dim <= 128 else 2)
-    return AttentionTuning(split_width=16, stream_width=64 if fp8 else 128)
+        if head_dim > 128:
+            return AttentionTuning(split_width=128, split_warps=8, split_stages=2)
+        return AttentionTuning(split_stages=5)
+    return AttentionTuning(split_width=16, stream_width=64)
 
 
 def paged_attention(
@@ -91,7 +94,7 @@ def paged_attention(
     kv_heads, block_size = cache.shape[2:4]
     batch, max_blocks = block_table.shape
     generation = _generation(q.device)
-    tuning = tuning or tuning_for(dim, cache.dtype == FP8, q.device)
+    tuning = tuning or tuning_for(dim, cache.dtype == FP8, generation)
     longest = rows if longest is None else longest
     if split_rows < 0 or longest < 0:
         raise ValueError(f"{_NAME}: split_rows is {split_rows}, longest {longest}; neither may be negative")

@@ -43,18 +43,23 @@ class Sequence:
 
 
 def sequence(shape: Shape, context: int, rows: int, seed: int, *, sparse: bool = False) -> Sequence:
-    """Random KV. `sparse` makes every matrix product exact, in whatever order it is summed, while the sums
-    over tiles and segments and of the probabilities still round: a key holds one number, and so does a
-    column of values in every tile. So bits can be compared where products are numpy's."""
+    """Random KV, or `sparse`: every matrix product is exact, in whatever order it is summed, so that bits can
+    be compared where products are numpy's. A key holds one number, and so does a column of values in a tile.
+    What still rounds are the sums over tiles and segments, and these cancel: keys repeat with a period of
+    three tiles, with the values' sign turned, and values end before the rows. So a result is nothing but the
+    rounding of its sums, and any other order of them shows, though results are narrower than the sums."""
     g = torch.Generator().manual_seed(seed)
     kv = shape.kv_dtype or shape.dtype
     q = torch.randn(rows, shape.heads, shape.dim, generator=g)
     keys = torch.randn(context, shape.kv_heads, shape.dim, generator=g)
     values = torch.randn(context, shape.kv_heads, shape.dim, generator=g)
     if sparse:
-        column = torch.arange(shape.dim)
-        keys = torch.where(column == torch.randint(shape.dim, (context, 1, 1), generator=g), keys * 6, 0.0)
-        values = torch.where(column % TILE == torch.arange(context)[:, None, None] % TILE, values, 0.0)
+        at, column = torch.arange(context)[:, None, None], torch.arange(shape.dim)
+        period, turn = at.flatten() % (3 * TILE), 1 - at // (3 * TILE) % 2 * 2
+        chosen = torch.randint(shape.dim, (context, 1, 1), generator=g)
+        keys = torch.where(column == chosen, keys * 24, 0.0)[period]
+        values = torch.where(column % TILE == at % TILE, values.clamp(-1.9, 1.9), 0.0)[period]
+        values *= turn * (at < (context - rows) // (6 * TILE) * (6 * TILE)) * (200 if kv == FP8 else 2**15)
     scales = torch.ones(2, context, shape.kv_heads)
     if shape.scaled:
         scales = torch.rand(2, context, shape.kv_heads, generator=g) * 2 + 0.1
