@@ -66,6 +66,7 @@ class Request:
     priority: int = 0  # larger is sooner
     cache_salt: str = ""  # requests share cached prefixes only under the same salt
     branches: tuple[Branch, ...] = (Branch(),)
+    scores: bool = False  # no reply, but what the model thought of the prompt's own tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +99,15 @@ class Chunk:
     A token at a position that the engine does not know yet (sampled by a plan still in flight) is known
     to the ranks. `new_blocks` are appended to the slot's block table before the step; the first chunk of
     a slot brings its cached blocks too. If `samples`, the token at position start + length is sampled
-    from the last row."""
+    from the last row. If `scores`, every row says what it thought of the token after it, which is known,
+    and names the `params.logprobs` most likely ones."""
 
     slot: int
     start: int
     length: int
     new_blocks: tuple[int, ...]
     samples: bool
+    scores: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +132,21 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenScore:
+    """What the model thought of a token that was given. As in SampledToken."""
+
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """`tokens` has one entry for each chunk with `samples`, in the plan's order."""
+    """`tokens` has one entry for each chunk with `samples`, in the plan's order; `scores` one for each chunk
+    with `scores`, of the chunk's length."""
 
     step: int
     tokens: tuple[SampledToken, ...]
+    scores: tuple[tuple[TokenScore, ...], ...] = ()
 
 
 # ---- engine -> gateway -----------------------------------------------------------------------------
@@ -154,6 +167,16 @@ class TokenOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """Scores of the prompt's tokens from position `first` on. The first of all, at position 0, has none."""
+
+    request_id: str
+    first: int
+    scores: tuple[TokenScore, ...]
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The last output of one of a request's replies. Tokens that came with the request count."""
 
@@ -168,7 +191,7 @@ class Finished:
     last: bool = True  # no other reply of the request is left
 
 
-Output = TokenOutput | Finished
+Output = TokenOutput | ScoreOutput | Finished
 
 
 @dataclass(frozen=True, slots=True)

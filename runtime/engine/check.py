@@ -30,7 +30,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
     check_pool(scheduler.pool, Counter(b for table in [*(s.table for s in running), *held] for b in table))
     _check_slots(scheduler)
     _check_sequences(scheduler)
-    steps = [plan.step for plan, _ in scheduler.in_flight]
+    steps = [plan.step for plan, _, _ in scheduler.in_flight]
     fail_unless(len(steps) <= scheduler.steps_in_flight, f"plans {steps} in flight")
     fail_unless(
         steps == list(range(scheduler.done + 1, scheduler.step + 1)),
@@ -77,7 +77,7 @@ def _check_sequences(scheduler: Scheduler) -> None:
     fail_unless(len(waiting) == len(scheduler.waiting), "the waiting sequences are miscounted")
     tokens = sum(len(sequence.prompt) for sequence in waiting)
     fail_unless(tokens == scheduler.waiting_tokens, f"{tokens} wait, counted {scheduler.waiting_tokens}")
-    in_flight = Counter(id(s) for _, samplers in scheduler.in_flight for s in samplers)
+    in_flight = Counter(id(s) for _, samplers, _ in scheduler.in_flight for s in samplers)
     followers = [f for leader in [*scheduler.running, *waiting] for f in leader.followers]
     fail_unless(
         len(followers) == scheduler.held_back,
@@ -101,11 +101,16 @@ def _check_sequences(scheduler: Scheduler) -> None:
             f"{name}: {sequence.total - sequence.known} tokens expected, {in_flight[id(sequence)]} in flight",
         )
         fail_unless(
-            len(sequence.prompt) + len(sequence.reply) == sequence.known < sequence.limit >= sequence.total,
+            len(sequence.prompt) + len(sequence.reply) == sequence.known <= sequence.total <= sequence.limit,
             f"{name}: {sequence.known} tokens known, {sequence.total} planned, limit {sequence.limit}",
         )
         fail_unless(
-            0 <= sequence.computed < sequence.total and sequence.computed <= sequence.capacity,
+            sequence.known == sequence.limit if sequence.scores else sequence.known < sequence.limit,
+            f"{name}: {sequence.known} tokens known of {sequence.limit}, but it runs on",
+        )
+        fail_unless(
+            0 <= sequence.computed < sequence.total + sequence.scores
+            and sequence.computed <= sequence.capacity,
             f"{name}: {sequence.computed} of {sequence.total} computed, room for {sequence.capacity}",
         )
         fail_unless(

@@ -14,11 +14,13 @@ from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import Sequence
 from runtime.errors import InvalidArgument, QueueFull
 from runtime.types import (
+    Branch,
     Finished,
     FinishReason,
     Load,
     Output,
     Request,
+    ScoreOutput,
     StepPlan,
     StepResult,
     TokenOutput,
@@ -64,8 +66,9 @@ class Engine:
         Raises InvalidArgument naming what can never be served, QueueFull when too many wait already."""
         if request.request_id in self._live:
             raise InvalidArgument("request_id", f"{request.request_id!r} is already being served")
-        limit = self._limit(request)
-        self._check_branches(request, limit)
+        limit = self._score_limit(request) if request.scores else self._limit(request)
+        if not request.scores:
+            self._check_branches(request, limit)
         scheduler = self._scheduler
         waiting = len(scheduler.waiting) + scheduler.held_back
         if waiting + len(request.branches) > self.config.max_waiting:
@@ -104,6 +107,18 @@ class Engine:
                 f"{limit - prompt} after a prompt of {prompt} tokens: the KV cache holds {capacity}",
             )
         return limit
+
+    def _score_limit(self, request: Request) -> int:
+        """Tokens to run through the model for the scores of a prompt; refuses what can never be served."""
+        prompt, context = len(request.prompt), self.config.max_model_len
+        capacity = self.config.total_blocks * self.config.block_size
+        if prompt < 2:
+            raise InvalidArgument("prompt", f"has {prompt} tokens; only those after the first have scores")
+        if prompt > context or prompt - 1 > capacity:
+            raise InvalidArgument("prompt", f"{prompt} tokens are more than {min(context, capacity + 1)}")
+        if request.branches != (Branch(),):
+            raise InvalidArgument("branches", "a prompt that is scored has no replies")
+        return prompt - 1
 
     def _check_branches(self, request: Request, limit: int) -> None:
         choices = [branch.choice for branch in request.branches]
@@ -171,7 +186,7 @@ class Engine:
         return Finished(
             request_id=request_id,
             reason=reason,
-            prompt_tokens=len(sequence.prompt),
+            prompt_tokens=len(sequence.request.prompt),
             cached_tokens=sequence.cached_tokens or 0,
             completion_tokens=len(sequence.reply) if keep is None else keep,
             stop_token=stop_token,
@@ -191,7 +206,7 @@ class Engine:
         return plan
 
     def step_finished(self, result: StepResult, now: float) -> list[Output]:
-        """The tokens of the oldest plan in flight, and what ends with them or by its deadline.
+        """The tokens and scores of the oldest plan in flight, and what ends with them or by its deadline.
 
         Raises IntegrityError if the result is not that plan's. Results of plans that were lost with their
         ranks are ignored."""
@@ -204,8 +219,23 @@ class Engine:
         slots = [chunk.slot for chunk in plan.chunks if chunk.samples]
         answered = [sampled.slot for sampled in result.tokens]
         fail_unless(slots == answered, f"step {plan.step} sampled for slots {answered}, planned {slots}")
-        samplers = scheduler.complete()
+        scoring = [chunk for chunk in plan.chunks if chunk.scores]
+        lengths = [len(scores) for scores in result.scores]
+        fail_unless(
+            [chunk.length for chunk in scoring] == lengths, f"step {plan.step} scored runs of {lengths}"
+        )
+        samplers, scored = scheduler.complete()
         outputs: list[Output] = []
+        for sequence, chunk, scores in zip(scored, scoring, result.scores, strict=True):
+            # After a preemption, what was sent already is computed once more.
+            new = scores[sequence.scored - chunk.start :]
+            if sequence.finished or not new:
+                continue
+            sequence.scored += len(new)
+            first = sequence.scored - len(new) + 1
+            outputs.append(ScoreOutput(sequence.request.request_id, first, new))
+            if sequence.scored == sequence.limit:
+                outputs.append(self._finish(sequence, FinishReason.LENGTH))
         for sequence, sampled in zip(samplers, result.tokens, strict=True):
             if sequence.finished:  # it ended while this token was in flight
                 continue

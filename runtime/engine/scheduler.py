@@ -56,7 +56,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order
         self.free_slots = list(range(self.slots))  # heap
         self.ends: list[int] = []  # slots whose end the next plan carries
-        self.in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()  # with who samples
+        # Plans with who samples in them, and who is scored.
+        self.in_flight: deque[tuple[StepPlan, list[Sequence], list[Sequence]]] = deque()
         self.held: dict[int, list[list[int]]] = {}  # plan -> tables to release when it completes
         self.done = self.step
 
@@ -146,7 +147,7 @@ class Scheduler:
         plan = StepPlan(step, tuple(self.ends), tuple(starts), tuple(chunks))
         self.ends.clear()
         self.step = step
-        self.in_flight.append((plan, samplers))
+        self.in_flight.append((plan, samplers, [sequence for sequence in filled if sequence.scores]))
         return plan
 
     def _decode(self, step: int, chunks: list, samplers: list, filled: list) -> int:
@@ -187,7 +188,8 @@ class Scheduler:
     def _prefill(self, step: int, budget: int, chunks: list, samplers: list, filled: list) -> int:
         """Chunks of started prompts with what decode left; their blocks were taken at admission."""
         for sequence in self.running:
-            if sequence.total - sequence.computed > 1:
+            left = sequence.total - sequence.computed
+            if left > 1 or (left and sequence.scores):
                 budget -= self._chunk(sequence, step, budget, (), chunks, samplers, filled)
                 if not budget:
                     break
@@ -206,8 +208,8 @@ class Scheduler:
         start = sequence.computed
         length = min(sequence.total - start, budget, self.max_chunk)
         end = start + length
-        samples = end == sequence.total
-        chunks.append(Chunk(sequence.slot, start, length, new_blocks, samples))
+        samples = end == sequence.total and not sequence.scores
+        chunks.append(Chunk(sequence.slot, start, length, new_blocks, samples, sequence.scores))
         sequence.computed = end
         sequence.last_step = step
         if samples:
@@ -237,7 +239,7 @@ class Scheduler:
                 SequenceStart(
                     sequence.slot,
                     tokens,
-                    len(sequence.prompt),
+                    len(request.prompt),
                     request.params,
                     request.stop_ids,
                     sequence.choice,
@@ -271,7 +273,7 @@ class Scheduler:
     def _find_cached(self, sequence: Sequence) -> list[int]:
         """Cached blocks a sequence can start from; at least one token is left to compute."""
         full = (sequence.known - 1) // self.config.block_size
-        if not self.config.prefix_cache or not full:
+        if not self.config.prefix_cache or not full or sequence.scores:
             return []
         sequence.key_of_block(full - 1, self.config.block_size)
         return self.pool.find(sequence.block_keys[:full])
@@ -289,11 +291,11 @@ class Scheduler:
 
     # ---- results -------------------------------------------------------------------------------
 
-    def complete(self) -> list[Sequence]:
-        """The oldest plan in flight is done: frees what only it still named, returns who sampled in it, in
-        the order of its chunks."""
-        plan, samplers = self.in_flight.popleft()
+    def complete(self) -> tuple[list[Sequence], list[Sequence]]:
+        """The oldest plan in flight is done: frees what only it still named, returns who sampled in it and
+        who was scored, in the order of its chunks."""
+        plan, samplers, scored = self.in_flight.popleft()
         self.done = plan.step
         for table in self.held.pop(plan.step, ()):
             self.pool.release(table)
-        return samplers
+        return samplers, scored

@@ -33,6 +33,8 @@ class Sequence:
         "reply",
         "request",
         "root",
+        "scored",
+        "scores",
         "slot",
         "stop_ids",
         "table",
@@ -42,7 +44,10 @@ class Sequence:
     def __init__(self, request: Request, branch: Branch, arrival: int, arrived: float, limit: int):
         self.request = request
         self.choice = branch.choice
-        self.prompt = request.prompt
+        self.scores = request.scores
+        self.scored = 0  # scores sent: those of the tokens at positions 1 .. scored
+        # What is run through the model: nothing follows the last token that is scored.
+        self.prompt = request.prompt[:-1] if request.scores else request.prompt
         self.reply = list(branch.reply)  # what came with the request, then what was sampled and came back
         self.stop_ids = frozenset(request.stop_ids)
         self.min_tokens = request.params.min_tokens
@@ -59,14 +64,15 @@ class Sequence:
         self.root = b""  # made when first needed
         self.block_keys: list[bytes] = []  # of full blocks of known tokens, as far as they were needed
         self.next_named = 0  # when so many positions are known and computed, one more block has a key
-        self.cached_tokens: int | None = None  # of the prompt; set at first admission
+        # Of the prompt; set at first admission. Whoever is scored needs every row, and looks nothing up.
+        self.cached_tokens: int | None = 0 if request.scores else None
         self.leader: Sequence | None = None  # whose prefill this one waits for, to share its blocks
         self.followers: list[Sequence] = []
         self.finished = False
 
     def tokens(self) -> tuple[int, ...]:
         """Prompt and reply, as far as known."""
-        return (*self.prompt, *self.reply)
+        return (*self.request.prompt, *self.reply)
 
     def key_of_block(self, index: int, block_size: int) -> bytes:
         """The key of the full, known block `index`; keys up to it are made on the way and kept."""

@@ -6,6 +6,7 @@ name tokens that its maker does not know yet: they were sampled here, by an earl
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +24,13 @@ from runtime.model.communicator import Communicator
 from runtime.model.forward import Batch, Forward
 from runtime.model.shard import Shard
 from runtime.sampling.sampler import SamplerState, sample
-from runtime.types import Chunk, SampledToken, SequenceStart, StepPlan, StepResult
+from runtime.sampling.score import score
+from runtime.types import Chunk, SampledToken, SequenceStart, StepPlan, StepResult, TokenScore
+
+SCORED_AT_ONCE = 64  # rows of logits held at once where a prompt is scored
+
+Watch = Callable[[torch.Tensor, Sequence[int]], None]
+"""Sees, at rank 0, the logits [rows, V] of a prompt that is scored, and the token that follows each row."""
 
 
 @dataclass(slots=True)
@@ -60,6 +67,7 @@ class Runner:
         self._window = spec.sliding_window
         self._tiles = tile_sizes(self._group, spec.head_dim, shard.dtype)
         self._sequences: dict[int, _Sequence] = {}
+        self.watch: Watch | None = None
 
     @property
     def cache_bytes(self) -> int:
@@ -78,16 +86,17 @@ class Runner:
             return StepResult(plan.step, ())
         hidden = self.forward.hidden(self._batch(plan.chunks))
         chosen = [chunk for chunk in plan.chunks if chunk.samples]
+        scores = self._scores([chunk for chunk in plan.chunks if chunk.scores], hidden[len(chosen) :])
         if not chosen:
-            return StepResult(plan.step, ())
-        logits = self.forward.logits(hidden)
+            return StepResult(plan.step, (), scores)
+        logits = self.forward.logits(hidden[: len(chosen)])
         sampled = self._sample(chosen, logits)
         for choice in sampled:
             sequence = self._sequences[choice.slot]
             sequence.tokens.append(choice.token)
             if sequence.sampler is not None:
                 sequence.sampler.append(choice.token)
-        return StepResult(plan.step, sampled)
+        return StepResult(plan.step, sampled, scores)
 
     def _begin(self, start: SequenceStart) -> _Sequence:
         sampler = None
@@ -111,12 +120,33 @@ class Runner:
         ids = self.comm.broadcast(None, 8 * len(chunks)).view(torch.int64).tolist()
         return tuple(SampledToken(chunk.slot, token) for chunk, token in zip(chunks, ids, strict=True))
 
+    def _scores(self, chunks: list[Chunk], hidden: torch.Tensor) -> tuple[tuple[TokenScore, ...], ...]:
+        """At rank 0, the scores of the tokens after each row of `chunks`, whose hidden states are given."""
+        found: list[tuple[TokenScore, ...]] = []
+        first = 0
+        for chunk in chunks:
+            sequence = self._sequences[chunk.slot]
+            targets = sequence.tokens[chunk.start + 1 : chunk.start + chunk.length + 1]
+            scores: list[TokenScore] = []
+            for at in range(0, chunk.length, SCORED_AT_ONCE):
+                part = targets[at : at + SCORED_AT_ONCE]
+                logits = self.forward.logits(hidden[first + at : first + at + len(part)])
+                if logits is not None:
+                    if self.watch is not None:
+                        self.watch(logits, part)
+                    scores += score(logits, part, sequence.sampler.params.logprobs or 0)
+            found.append(tuple(scores))
+            first += chunk.length
+        return tuple(found) if self.comm.rank == 0 else ()
+
     def _batch(self, chunks: tuple[Chunk, ...]) -> Batch:
-        """Flatten a plan's chunks to rows, single tokens first into shared attention calls."""
+        """Flatten a plan's chunks to rows, single tokens first into shared attention calls. The rows whose
+        logits are wanted are those of samples, then those that are scored."""
         tokens: list[int] = []
         positions: list[int] = []
         blocks: list[int] = []
         sampled: list[int] = []
+        scored: list[int] = []
         calls: list[AttentionCall] = []
         lone: list[tuple[int, int, list[int]]] = []  # (row, position, block table)
         spec = {
@@ -134,6 +164,8 @@ class Runner:
                 raise ValueError(f"slot {chunk.slot}: tokens up to {stop} are not known to this rank")
             if chunk.samples:
                 sampled.append(len(tokens) - 1)
+            if chunk.scores:
+                scored += range(first, len(tokens))
             if chunk.length == 1:
                 lone.append((first, chunk.start, sequence.blocks))
             else:
@@ -144,7 +176,8 @@ class Runner:
         calls += self._decode_calls(lone, len(tokens), spec)
         at = torch.tensor(positions)
         cache_rows = torch.tensor(blocks) * self.block_size + at % self.block_size
-        return Batch(torch.tensor(tokens), at, cache_rows, calls, torch.tensor(sampled, dtype=torch.int64))
+        wanted = torch.tensor(sampled + scored, dtype=torch.int64)
+        return Batch(torch.tensor(tokens), at, cache_rows, calls, wanted)
 
     def _decode_calls(
         self, lone: list[tuple[int, int, list[int]]], all_rows: int, spec: dict

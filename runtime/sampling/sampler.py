@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from runtime.sampling.filters import Ids, Row, ranked, scaled, survivors, total_mass
+from runtime.sampling.filters import Ids, Row, scaled, survivors
 from runtime.sampling.noise import contenders, draw_blocks, winners
+from runtime.sampling.score import score_token
 from runtime.sampling.state import SamplerState
 from runtime.types import TokenLogprob
 
@@ -104,10 +105,5 @@ def _checked(
 def _choice(row: Row, peak: float, token: int, logprobs: int | None) -> Choice:
     if logprobs is None:
         return Choice(token)
-    total = peak + float(np.log(total_mass(row, peak, 1.0)))
-    top = ranked(row, logprobs).tolist()
-    return Choice(
-        token,
-        float(row[token]) - total,
-        tuple(TokenLogprob(other, float(row[other]) - total) for other in top),
-    )
+    found = score_token(row, peak, token, logprobs)
+    return Choice(token, found.logprob, found.top)

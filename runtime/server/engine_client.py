@@ -19,7 +19,7 @@ class EngineClient(Protocol):
 
     def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """Yield each reply's TokenOutputs in order of their index, then its Finished; end after the
-        Finished that is the request's `last`.
+        Finished that is the request's `last`. A request with `scores` yields ScoreOutputs instead, in order.
 
         `request.deadline` is the number of seconds that remain; the client turns it into the engine's
         clock. Closing the generator, or cancelling the task that waits in it, aborts the request in the

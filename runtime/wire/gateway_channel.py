@@ -11,7 +11,16 @@ from dataclasses import replace
 
 from runtime.errors import InvalidArgument, TramontaneError, Unavailable
 from runtime.loop import EngineLoop
-from runtime.types import EngineInfo, Finished, FinishReason, Load, Output, Request, TokenOutput
+from runtime.types import (
+    EngineInfo,
+    Finished,
+    FinishReason,
+    Load,
+    Output,
+    Request,
+    ScoreOutput,
+    TokenOutput,
+)
 from runtime.wire.connection import LENGTH, MAX_FRAME, Connection
 from runtime.wire.messages import (
     Abort,
@@ -43,8 +52,9 @@ def serve_gateway(connection: Connection, loop: EngineLoop, info: EngineInfo) ->
 
     def deliver_to(request_id: str):
         def deliver(output: Output | TramontaneError) -> None:
-            if isinstance(output, TokenOutput):
-                outbox.put(encode("token", replace(output, request_id=request_id)))
+            if isinstance(output, TokenOutput | ScoreOutput):
+                kind = "token" if isinstance(output, TokenOutput) else "scored"
+                outbox.put(encode(kind, replace(output, request_id=request_id)))
                 return
             if isinstance(output, Finished):
                 if output.last:
@@ -172,7 +182,7 @@ class EngineChannel:
         try:
             while True:
                 kind, body = await _read(self._reader)
-                if isinstance(body, TokenOutput | Finished):
+                if isinstance(body, TokenOutput | ScoreOutput | Finished):
                     if inbox := self._inboxes.get(body.request_id):
                         inbox.put_nowait(body)
                 elif isinstance(body, Refused):

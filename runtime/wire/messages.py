@@ -24,6 +24,7 @@ from runtime.types import (
     FinishReason,
     Load,
     Request,
+    ScoreOutput,
     StepPlan,
     StepResult,
     TokenOutput,
@@ -77,6 +78,7 @@ BODIES: dict[str, type] = {
     "get_load": int,  # a number that the answer repeats
     "load": tuple[int, Load],
     "token": TokenOutput,
+    "scored": ScoreOutput,
     "finished": Finished,
     "refused": Refused,
     "lost": str,  # the engine has lost its ranks

@@ -12,7 +12,15 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from runtime.config import EngineConfig
-from runtime.types import FinishReason, Request, SampledToken, SequenceStart, StepPlan, StepResult
+from runtime.types import (
+    FinishReason,
+    Request,
+    SampledToken,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+    TokenScore,
+)
 
 VOCABULARY = 29
 
@@ -25,6 +33,19 @@ def store(before: bytes, position: int, token: int) -> bytes:
 def sample(kv: list[bytes], seed: int, choice: int) -> int:
     """The token after the positions whose KV is given."""
     return hashlib.sha256(b"%d.%d" % (seed, choice) + b"".join(kv)).digest()[0] % VOCABULARY
+
+
+def score(kv: list[bytes], target: int) -> TokenScore:
+    """What is thought of the token after the positions whose KV is given."""
+    return TokenScore(-float(hashlib.sha256(b"%d" % target + b"".join(kv)).digest()[0]))
+
+
+def reference_scores(request: Request) -> list[TokenScore]:
+    """The scores of a prompt's tokens but the first, computed alone and in order."""
+    kv: list[bytes] = []
+    for position, token in enumerate(request.prompt):
+        kv.append(store(kv[-1] if kv else b"", position, token))
+    return [score(kv[:position], token) for position, token in enumerate(request.prompt)][1:]
 
 
 def reference(request: Request, context: int, choice: int = 0) -> tuple[list[int], FinishReason]:
@@ -79,13 +100,21 @@ class Executor:
         before = [list(block) for block in self.blocks]
         written: dict[tuple[int, int], int] = {}
         named: dict[int, Slot] = {}
-        sampled = []
+        sampled, scores = [], []
         for chunk in plan.chunks:
             token = self._chunk(chunk, before, written, named)
             if chunk.samples:
                 sampled.append(SampledToken(chunk.slot, token))
+            if chunk.scores:
+                scores.append(self._scores(chunk))
         self.named.append(named)
-        self.results.append(StepResult(plan.step, tuple(sampled)))
+        self.results.append(StepResult(plan.step, tuple(sampled), tuple(scores)))
+
+    def _scores(self, chunk) -> tuple[TokenScore, ...]:
+        slot, size = self.slots[chunk.slot], self.config.block_size
+        end = chunk.start + chunk.length
+        kv = [self.blocks[slot.table[p // size]][p % size] for p in range(end)]
+        return tuple(score(kv[: p + 1], slot.tokens[p + 1]) for p in range(chunk.start, end))
 
     def _chunk(self, chunk, before, written, named) -> int | None:
         size = self.config.block_size
@@ -98,7 +127,7 @@ class Executor:
         end = chunk.start + chunk.length
         assert chunk.length > 0 and end <= len(slot.tokens) and end <= len(slot.table) * size
         assert chunk.length <= (self.config.max_chunk or chunk.length)
-        assert chunk.samples == (end == len(slot.tokens))
+        assert chunk.samples == (end == len(slot.tokens) and not chunk.scores)
         named.update((block, slot) for block in slot.table)
         kv = [before[slot.table[p // size]][p % size] for p in range(chunk.start)]
         for position in range(chunk.start, end):

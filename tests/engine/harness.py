@@ -6,8 +6,16 @@ from dataclasses import dataclass, field
 
 from runtime.config import EngineConfig
 from runtime.engine import Engine
-from runtime.types import Finished, FinishReason, Output, Request, SamplingParams
-from tests.engine.executor import Executor, reference
+from runtime.types import (
+    Finished,
+    FinishReason,
+    Output,
+    Request,
+    SamplingParams,
+    ScoreOutput,
+    TokenScore,
+)
+from tests.engine.executor import Executor, reference, reference_scores
 
 
 def request(
@@ -30,6 +38,7 @@ class Stream:
     request: Request
     choice: int = 0
     tokens: list[int] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
     finished: Finished | None = None
 
 
@@ -97,12 +106,22 @@ class Harness:
                 others = [s for s in self.streams.values() if s.request is stream.request]
                 assert output.last == all(s.finished for s in others)
                 self._check_end(stream)
+            elif isinstance(output, ScoreOutput):
+                assert output.first == len(stream.scores) + 1 and output.scores
+                stream.scores += output.scores
             else:
                 assert output.index == len(stream.tokens)
                 stream.tokens.append(output.token)
 
     def _check_end(self, stream: Stream) -> None:
         finished = stream.finished
+        if stream.request.scores:
+            scores = reference_scores(stream.request)
+            whole = finished.reason is FinishReason.LENGTH
+            assert stream.scores == (scores if whole else scores[: len(stream.scores)])
+            assert (finished.prompt_tokens, finished.cached_tokens) == (len(stream.request.prompt), 0)
+            assert (stream.tokens, finished.completion_tokens) == ([], 0)
+            return
         tokens, reason = reference(stream.request, self.config.max_model_len, stream.choice)
         assert stream.tokens == tokens[: len(stream.tokens)]
         assert finished.prompt_tokens == len(stream.request.prompt)

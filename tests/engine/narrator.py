@@ -8,6 +8,7 @@
     plan                                             asks for the next plan
     result r1=7                                      the oldest plan's result; tokens not given are 900, 901..
     run                                              plan and result until both have nothing more
+    add r1 prompt=a10 scores=yes                     scores of the prompt, no reply
     abort r1 keep=2                                  with keep: as the gateway does on a stop string
     abort r1 choice=1                                one of its choices alone
     tick / lost / load
@@ -31,7 +32,9 @@ from runtime.types import (
     Request,
     SampledToken,
     SamplingParams,
+    ScoreOutput,
     StepResult,
+    TokenScore,
 )
 from tests.engine.harness import stream_name
 
@@ -86,7 +89,7 @@ class Narrator:
         self.engine = Engine(EngineConfig(prefix_cache=cache == "on", **settings), int(flight))
         self.now = 0.0
         self.slots: dict[int, str] = {}
-        self.in_flight: deque = deque()  # (step, [(slot, name)] that sample)
+        self.in_flight: deque = deque()  # (step, [(slot, name)] that sample, scores)
         self.sampled: Counter[str] = Counter()
         return []
 
@@ -95,7 +98,18 @@ class Narrator:
         return []
 
     def _add(
-        self, name, prompt="", max="16", min="0", stop="", deadline="", priority="0", salt="", n="1", reply=""
+        self,
+        name,
+        prompt="",
+        max="16",
+        min="0",
+        stop="",
+        deadline="",
+        priority="0",
+        salt="",
+        n="1",
+        reply="",
+        scores="",
     ):
         known = [parse_prompt(part) for part in reply.split("/")]
         known += [()] * (int(n) - len(known))
@@ -108,6 +122,7 @@ class Narrator:
             priority=int(priority),
             cache_salt=salt,
             branches=tuple(Branch(choice, tokens) for choice, tokens in enumerate(known)),
+            scores=bool(scores),
         )
         return self._outputs(self.engine.add(request, self.now))
 
@@ -128,10 +143,11 @@ class Narrator:
             end = chunk.start + chunk.length
             run = f"{chunk.start}..{end - 1}" if chunk.length > 1 else f"{chunk.start}"
             blocks = f", blocks {' '.join(map(str, chunk.new_blocks))}" if chunk.new_blocks else ""
-            samples = f" -> {end}" if chunk.samples else ""
+            samples = f" -> {end}" if chunk.samples else " scored" if chunk.scores else ""
             said.append(f"{self.slots[chunk.slot]}: {run}{samples}{blocks}")
         samplers = [(chunk.slot, self.slots[chunk.slot]) for chunk in plan.chunks if chunk.samples]
-        self.in_flight.append((plan.step, samplers))
+        scores = tuple((TokenScore(-1.0),) * chunk.length for chunk in plan.chunks if chunk.scores)
+        self.in_flight.append((plan.step, samplers, scores))
         return said
 
     def _name_of(self, start) -> str:
@@ -142,14 +158,14 @@ class Narrator:
     def _result(self, **given: str) -> list[str]:
         if not self.in_flight:
             return ["none is in flight"]
-        step, samplers = self.in_flight.popleft()
+        step, samplers, scores = self.in_flight.popleft()
         tokens = []
         for slot, name in samplers:
             token = int(given.pop(name, 900 + self.sampled[name]))
             self.sampled[name] += 1
             tokens.append(SampledToken(slot, token))
         assert not given, f"step {step} did not sample for {list(given)}"
-        result = StepResult(step, tuple(tokens))
+        result = StepResult(step, tuple(tokens), scores)
         return [f"of step {step}", *self._outputs(self.engine.step_finished(result, self.now))]
 
     def _run(self) -> list[str]:
@@ -197,6 +213,8 @@ class Narrator:
                     f"prompt {output.prompt_tokens}, cached {output.cached_tokens}, "
                     f"reply {output.completion_tokens}"
                 )
+            elif isinstance(output, ScoreOutput):
+                said.append(f"{name} scores {output.first}..{output.first + len(output.scores) - 1}")
             else:
                 said.append(f"{name}[{output.index}] = {output.token}")
         return said

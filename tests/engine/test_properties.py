@@ -12,7 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from runtime.config import EngineConfig
 from runtime.errors import InvalidArgument, QueueFull
 from runtime.types import Branch, FinishReason, Request, SamplingParams
-from tests.engine.executor import VOCABULARY, reference
+from tests.engine.executor import VOCABULARY, reference, reference_scores
 from tests.engine.harness import Harness
 
 configs = st.builds(
@@ -57,6 +57,8 @@ def branched(draw, request: Request, context: int) -> Request:
     """The request with several choices, at times, and with beginnings of their replies, at times."""
     if not 0 < len(request.prompt) < context or request.params.max_tokens == 0:
         return request  # to be refused
+    if len(request.prompt) > 1 and draw(st.integers(0, 5)) == 0:
+        return replace(request, scores=True)
     branches = []
     for choice in draw(st.sampled_from([[0], [0], [0, 1], [0, 1, 2], [2, 0], [5]])):
         whole, _ = reference(request, context, choice)
@@ -120,7 +122,7 @@ class EngineMachine(RuleBasedStateMachine):
         if stream is None or stream.finished or not stream.tokens:
             return
         keep = data.draw(st.integers(0, len(stream.tokens)))
-        self.harness.abort(name, FinishReason.STOP, keep)
+        self.harness.abort(name, FinishReason.STOP, keep, stream.choice)
         assert stream.finished.completion_tokens == keep
 
     @rule()
@@ -190,5 +192,8 @@ def test_every_accepted_request_ends_with_its_whole_reply(data, config, steps_in
                 harness.deliver()
     harness.finish()
     for stream in harness.streams.values():
+        if stream.request.scores:
+            assert stream.scores == reference_scores(stream.request)
+            continue
         whole = reference(stream.request, config.max_model_len, stream.choice)
         assert (stream.tokens, stream.finished.reason) == whole
