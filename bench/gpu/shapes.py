@@ -19,17 +19,17 @@ FORMATS = {
 }
 
 
-def random_weight(kind: str, rows: int, width: int, units: int = 1) -> PlanarWeight:
+def random_weight(kind: str, rows: int, width: int, units: int = 1, device: str = "cuda") -> PlanarWeight:
     """Random codes and sub-scales; d and m of a size that keeps products near 1. Widths of whole blocks."""
     f = FORMATS[kind]
     blocks = width // 128
 
     def integers(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         info = torch.iinfo(dtype)
-        return torch.randint(info.min, info.max, shape, dtype=dtype, device="cuda")
+        return torch.randint(info.min, info.max, shape, dtype=dtype, device=device)
 
     if f.low == 16:
-        low = torch.randn(units, rows, width, device="cuda", dtype=torch.float16) * 0.02
+        low = torch.randn(units, rows, width, device=device, dtype=torch.float16) * 0.02
         return PlanarWeight(f, rows, width, units, low, None, None, None, None)
     if f.low == 8:
         low = integers(torch.int8, units, rows, width)
@@ -38,7 +38,7 @@ def random_weight(kind: str, rows: int, width: int, units: int = 1) -> PlanarWei
     high = integers(torch.int16, units, rows, blocks * 8 * f.high) if f.high else None
     spans = width // f.span if f.minimum else width // (2 * f.span)
     scale = 0.02 / (1 << (f.low + f.high)) / (32 if f.sub else 1)
-    halves = scale * (0.5 + torch.rand(units, max(1, spans), rows, 2, device="cuda"))
+    halves = scale * (0.5 + torch.rand(units, max(1, spans), rows, 2, device=device))
     d = halves.half().view(torch.int32).squeeze(-1)
     words = width // f.group // 4
     sub = integers(torch.int32, units, words, rows) if f.sub else None

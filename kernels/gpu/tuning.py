@@ -1,8 +1,8 @@
 """Tilings that were found fast, one JSON file a GPU; made by `python bench/gpu/linear.py --tune`.
 
 A file maps "shape" to the fields of a `Tiling`, where the shape names the formats, rows, width, units, how
-two weights are combined, and the rows of x up to the next power of two. None of it can change a bit: a missing
-file or entry costs time, not agreement.
+two weights are combined, and the rows of x up to the next power of two. None of it can change a bit: a
+missing file or entry costs time, not agreement.
 """
 
 from __future__ import annotations
