@@ -34,7 +34,7 @@ class GpuCommunicator:
             close()
 
     def all_gather(self, mine: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-        widest = max(sizes)
+        widest = max(1, *sizes)
         parts = [torch.empty(widest, dtype=torch.uint8, device=self._device) for _ in sizes]
         self._call(dist.all_gather, parts, self._padded(mine, widest))
         return [part[:size] for part, size in zip(parts, sizes, strict=True)]
@@ -42,14 +42,13 @@ class GpuCommunicator:
     def all_to_all(self, outgoing: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         arrived = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
         arrived[self.rank] = outgoing[self.rank]
-        works = []
+        moves = []
         for step in range(1, self.size):
             to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
-            pair = [
-                dist.P2POp(dist.isend, outgoing[to].contiguous(), to, self._group),
-                dist.P2POp(dist.irecv, arrived[source], source, self._group),
-            ]
-            works += self._call(dist.batch_isend_irecv, [op for op in pair if op.tensor.numel()], group=False)
+            moves.append(dist.P2POp(dist.isend, outgoing[to].contiguous(), to, self._group))
+            moves.append(dist.P2POp(dist.irecv, arrived[source], source, self._group))
+        moves = [move for move in moves if move.tensor.numel()]
+        works = self._call(dist.batch_isend_irecv, moves, group=False) if moves else []
         for work in works:
             self._call(work.wait, group=False)
         return arrived

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from runtime.cluster.gpu_peers import GpuCommunicator
 from runtime.cluster.peers import PeerAddress, PeerListener, SocketCommunicator
 from runtime.errors import TramontaneError
 
@@ -76,8 +77,15 @@ def lose(size: int) -> Callable[[SocketCommunicator], None]:
     return script
 
 
+def by_torch(script: Callable[[SocketCommunicator], None]) -> Callable[[SocketCommunicator], None]:
+    """The script over the exchanges of GPU ranks, with gloo and host memory in the place of NCCL's."""
+    return lambda comm: script(GpuCommunicator(comm, "gloo", "cpu"))
+
+
 SCRIPTS = {
     "exchange": exchange,
+    "exchange by torch": by_torch(exchange),
+    "lose large by torch": by_torch(lose(1 << 20)),
     "lose small": lose(1000),
     "lose middle": lose(100_000),
     "lose large": lose(1 << 20),

@@ -56,7 +56,11 @@ def test_every_size_arrives_whole(ranks, tmp_path):
     assert run(ranks, "exchange", tmp_path) == [["done"]] * ranks
 
 
-@pytest.mark.parametrize("size", ["small", "middle", "large"])
+def test_every_size_arrives_whole_by_torch(tmp_path):
+    assert run(3, "exchange by torch", tmp_path) == [["done"]] * 3
+
+
+@pytest.mark.parametrize("size", ["small", "middle", "large", "large by torch"])
 def test_a_lost_peer_is_noticed(size, tmp_path):
     *others, lost = run(3, f"lose {size}", tmp_path)
     assert lost == []
