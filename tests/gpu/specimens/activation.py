@@ -5,7 +5,7 @@ from tests.gpu.specimens import Specimen
 
 
 def specimens() -> list[Specimen]:
-    return [_specimen(count) for count in (1, 4, 16)]
+    return [_specimen(count) for count in (4, 16)]
 
 
 def _specimen(count: int) -> Specimen:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kernels.gpu.filters import WARPS
 from kernels.gpu.penalties import adjust_kernel, remember_kernel
 from kernels.gpu.sampling import draw_kernel, filter_kernel, finish_kernel, tiles_kernel
@@ -24,7 +26,7 @@ def specimens() -> list[Specimen]:
     return [
         _specimen("tiles", tiles_kernel, tiles),
         _specimen("filter", filter_kernel, small, WARPS),
-        _specimen("filter, large vocabulary", filter_kernel, large, WARPS),
+        replace(_specimen("filter, large vocabulary", filter_kernel, large, WARPS), architectures=(90,)),
         _specimen("draw", draw_kernel, {**small, "BLOCKS": 4, "BLOCK": 256}),
         _specimen("finish", finish_kernel, {**large, "SUMS": True}),
         _specimen("adjust", adjust_kernel, {**table, "V": 32000, "STOPS": 8}),
