@@ -19,6 +19,7 @@ from runtime.model.communicator import Alone, Communicator, Threads
 from runtime.model.device import resolve_device
 from runtime.model.header import open_model
 from runtime.model.load import engine_info, load_shard
+from runtime.model.runner import Watch
 from runtime.model.runners import StepRunner, make_runner
 from runtime.model.units import rank_units
 from runtime.types import EngineInfo, Finished, FinishReason, Load, Output, Request, StepPlan, StepResult
@@ -122,8 +123,10 @@ class LocalEngine:
         parallel: ParallelConfig | None = None,
         *,
         progress: Progress | None = None,
+        watch: Watch | None = None,
     ):
-        """Loads the weights; raises TramontaneError for a model or setting that cannot be served."""
+        """Loads the weights; raises TramontaneError for a model or setting that cannot be served. `watch` is
+        called on the thread of rank 0."""
         parallel = parallel or ParallelConfig()
         device = resolve_device(parallel.device)
         opened = open_model(model, device)
@@ -147,6 +150,7 @@ class LocalEngine:
             )
             for shard, comm in zip(shards, comms, strict=True)
         ]
+        runners[0].watch = watch
         self.model = opened
         self.config = config
         self.loop = EngineLoop(config, LocalRanks(runners), opened.spec.vocab)

@@ -19,6 +19,8 @@ from tramontane.types import (
     Model,
     Reply,
     Resume,
+    Score,
+    ScoredToken,
     TokenLogprobs,
     Usage,
 )
@@ -41,6 +43,8 @@ __all__ = [
     "Overloaded",
     "Reply",
     "Resume",
+    "Score",
+    "ScoredToken",
     "Stream",
     "TokenLogprobs",
     "Unavailable",

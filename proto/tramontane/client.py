@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Unpack
 
@@ -27,10 +28,10 @@ import grpc
 
 from tramontane import messages as make
 from tramontane.errors import Cancelled, Error, from_rpc
-from tramontane.gathered import Gathered, advances
+from tramontane.gathered import Gathered, GatheredScore, advances
 from tramontane.messages import Messages, Options, Prompt
 from tramontane.retry import RESUMES, Retry
-from tramontane.types import Chunk, Load, Model, Reply, Resume
+from tramontane.types import Chunk, Load, Model, Reply, Resume, Score
 from tramontane.v1 import generate_pb2
 from tramontane.v1 import inference_service_pb2 as pb
 from tramontane.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -161,6 +162,30 @@ class Client:
         """As `chat`, while the reply grows."""
         request = make.chat_request(messages, options)
         return Stream(self._stub.Generate, request, timeout, self._resumes)
+
+    def score(
+        self,
+        prompt: Prompt,
+        *,
+        top: int | None = None,
+        model: str = "",
+        priority: int | None = None,
+        cache_salt: str = "",
+        timeout: float | None = None,
+    ) -> Score:
+        """What the model thinks of the tokens of `prompt`, a text or token ids; `top`: how many of the most
+        likely tokens to name at each place. Asked again after UNAVAILABLE as replies are, from the start."""
+        request = make.score_request(prompt, top, model, priority, cache_salt)
+        retry = Retry(self._resumes, timeout)
+        while True:
+            gathered = GatheredScore()
+            try:
+                for message in self._stub.Score(request, timeout=retry.remaining()):
+                    gathered.add(message)
+                return gathered.score()
+            except grpc.RpcError as error:
+                failure = from_rpc(error)
+            time.sleep(retry.wait(failure))
 
     def tokenize(
         self,
@@ -325,6 +350,32 @@ class AsyncClient:
         """As Client.stream_chat."""
         request = make.chat_request(messages, options)
         return AsyncStream(self._stub.Generate, request, timeout, self._resumes)
+
+    async def score(
+        self,
+        prompt: Prompt,
+        *,
+        top: int | None = None,
+        model: str = "",
+        priority: int | None = None,
+        cache_salt: str = "",
+        timeout: float | None = None,
+    ) -> Score:
+        """As Client.score."""
+        request = make.score_request(prompt, top, model, priority, cache_salt)
+        retry = Retry(self._resumes, timeout)
+        while True:
+            gathered = GatheredScore()
+            call = self._stub.Score(request, timeout=retry.remaining())
+            try:
+                async for message in call:
+                    gathered.add(message)
+                return gathered.score()
+            except grpc.aio.AioRpcError as error:
+                failure = from_rpc(error)
+            finally:
+                call.cancel()
+            await asyncio.sleep(retry.wait(failure))
 
     async def tokenize(
         self,

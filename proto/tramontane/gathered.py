@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from tramontane import messages as make
-from tramontane.types import Candidate, Choice, Chunk, FinishReason, Reply, Resume, TokenLogprobs, Usage
-from tramontane.v1 import generate_pb2
+from tramontane.errors import Error
+from tramontane.types import (
+    Candidate,
+    Choice,
+    Chunk,
+    FinishReason,
+    Reply,
+    Resume,
+    Score,
+    ScoredToken,
+    TokenLogprobs,
+    Usage,
+)
+from tramontane.v1 import generate_pb2, score_pb2
 
 _REASONS = {
     generate_pb2.FINISH_REASON_STOP: FinishReason.STOP,
@@ -103,6 +115,29 @@ class Gathered:
             stop_token_id=finish.stop_token_id if matched == "stop_token_id" else None,
             completion_tokens=finish.usage.completion_tokens,
         )
+
+
+class GatheredScore:
+    """The tokens of a text that is scored, as their messages come in."""
+
+    def __init__(self) -> None:
+        self._tokens: list[ScoredToken] = []
+        self._finish: score_pb2.ScoreFinish | None = None
+
+    def add(self, message: score_pb2.ScoreResponse) -> None:
+        for entry in message.tokens:
+            top = tuple(Candidate(each.token_id, each.logprob) for each in entry.top)
+            logprob = entry.logprob if entry.HasField("logprob") else None
+            self._tokens.append(ScoredToken(entry.token_id, logprob, top))
+        if message.HasField("finish"):
+            self._finish = message.finish
+
+    def score(self) -> Score:
+        """All of it. Raises Error where the last message has not come."""
+        if self._finish is None:
+            raise Error("the server ended the stream without its last message")
+        finish = self._finish
+        return Score(tuple(self._tokens), finish.numerics, finish.model, finish.request_id)
 
 
 def advances(message: generate_pb2.GenerateResponse) -> bool:

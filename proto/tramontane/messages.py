@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from tramontane.errors import InvalidRequest
 from tramontane.types import Load, Model, Resume
-from tramontane.v1 import generate_pb2, inference_service_pb2, sampling_pb2
+from tramontane.v1 import generate_pb2, inference_service_pb2, sampling_pb2, score_pb2
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
@@ -56,12 +56,16 @@ class Options(Sampling, Routing, total=False):
 def prompt_request(prompt: Prompt, options: Options) -> generate_pb2.GenerateRequest:
     """Raises InvalidRequest for a value that the contract cannot carry, TypeError for an unknown option."""
     request = generate_pb2.GenerateRequest()
+    _set_prompt(request, prompt)
+    return _with_options(request, options)
+
+
+def _set_prompt(request, prompt: Prompt) -> None:
     if isinstance(prompt, str):
         _set(request, "text", prompt)
     else:
         request.token_ids.SetInParent()
         _extend(request.token_ids.ids, "prompt", prompt)
-    return _with_options(request, options)
 
 
 def chat_request(messages: Messages, options: Options) -> generate_pb2.GenerateRequest:
@@ -150,6 +154,18 @@ def model(message: inference_service_pb2.Model) -> Model:
 
 def load(message: inference_service_pb2.GetLoadResponse) -> Load:
     return Load(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Load)})
+
+
+def score_request(
+    prompt: Prompt, top: int | None, model: str, priority: int | None, cache_salt: str
+) -> score_pb2.ScoreRequest:
+    """Raises InvalidRequest for a value that the contract cannot carry."""
+    request = score_pb2.ScoreRequest()
+    _set_prompt(request, prompt)
+    for name, value in {"top": top, "model": model, "priority": priority, "cache_salt": cache_salt}.items():
+        if value is not None:
+            _set(request, name, value)
+    return request
 
 
 def tokenize_request(

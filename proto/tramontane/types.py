@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
 
@@ -99,6 +100,35 @@ class Reply:
     request_id: str
     choices: tuple[Choice, ...]
     resumed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token of a text and its log probability given those before it; None for the first, which nothing
+    precedes. `top` are the most likely tokens at its place, best first."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a model thinks of a text. The numbers are those of TokenLogprobs, had it been a reply."""
+
+    tokens: tuple[ScoredToken, ...]
+    numerics: str
+    model: str
+    request_id: str
+
+    @property
+    def logprob(self) -> float:
+        """Natural log of the probability of all tokens after the first."""
+        return math.fsum(token.logprob for token in self.tokens if token.logprob is not None)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-self.logprob / (len(self.tokens) - 1))
 
 
 @dataclass(frozen=True, slots=True)

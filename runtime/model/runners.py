@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from runtime.model.communicator import Communicator
-from runtime.model.runner import Runner
+from runtime.model.runner import Runner, Watch
 from runtime.model.shard import Shard
 from runtime.types import StepPlan, StepResult
 
@@ -14,6 +14,7 @@ class StepRunner(Protocol):
     """One rank of a group. Calls must be made in the same order on every rank."""
 
     comm: Communicator
+    watch: Watch | None
 
     @property
     def cache_bytes(self) -> int: ...

@@ -75,6 +75,11 @@ def validate_choices(n: int) -> int:
     return _integer("n", n, 1, MAX_CHOICES)
 
 
+def validate_top(top: int | None) -> int:
+    """How many of the most likely tokens a score names. Raises InvalidArgument("top", ...)."""
+    return _integer("top", top or 0, 0, MAX_LOGPROBS)
+
+
 def validate_received(
     choices: Sequence[Sequence[int]], n: int, max_tokens: int, vocab_size: int
 ) -> tuple[tuple[int, ...], ...]:

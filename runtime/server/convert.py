@@ -6,7 +6,7 @@ from runtime.errors import InvalidArgument
 from runtime.server.pipeline import Completion, Resume
 from runtime.server.reply import Final, Piece
 from runtime.types import EngineInfo, FinishReason, Load, SamplingParams
-from tramontane.v1 import generate_pb2, inference_service_pb2, sampling_pb2
+from tramontane.v1 import generate_pb2, inference_service_pb2, sampling_pb2, score_pb2
 
 FINISH_REASONS = {
     FinishReason.STOP: generate_pb2.FINISH_REASON_STOP,
@@ -81,6 +81,38 @@ def response(piece: Piece, request_id: str, model: str) -> generate_pb2.Generate
         message.begin.model = model
     if piece.final is not None:
         message.finish.CopyFrom(_finish(piece.final, request_id, model))
+    return message
+
+
+def scoring(request: score_pb2.ScoreRequest, request_id: str, deadline: float | None) -> Completion:
+    """`deadline`: seconds that remain. Raises InvalidArgument where no prompt was sent."""
+    form = request.WhichOneof("prompt")
+    if form is None:
+        raise InvalidArgument("prompt", "send one of text and token_ids")
+    return Completion(
+        request_id=request_id,
+        text=request.text if form == "text" else None,
+        token_ids=tuple(request.token_ids.ids) if form == "token_ids" else None,
+        params=SamplingParams(logprobs=request.top),
+        deadline=deadline,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+    )
+
+
+def score_response(piece: Piece, request_id: str, model: str) -> score_pb2.ScoreResponse:
+    """A stream that is cut off has no finish: its status says why."""
+    message = score_pb2.ScoreResponse()
+    for token, entry in zip(piece.token_ids, piece.logprobs, strict=True):
+        scored = message.tokens.add(token_id=token, logprob=entry.logprob)
+        for candidate in entry.top:
+            scored.top.add(token_id=candidate.token, logprob=candidate.logprob)
+    if piece.final is not None and piece.final.finish_reason is FinishReason.LENGTH:
+        message.finish.usage.prompt_tokens = piece.final.prompt_tokens
+        message.finish.usage.cached_tokens = piece.final.cached_tokens
+        message.finish.numerics = piece.final.numerics
+        message.finish.request_id = request_id
+        message.finish.model = model
     return message
 
 

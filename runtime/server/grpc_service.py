@@ -6,15 +6,17 @@ Raises TramontaneErrors; guard.py makes statuses of them. Knows nothing of ports
 import asyncio
 import enum
 import secrets
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import grpc
+from google.protobuf.message import Message
 
 from runtime.errors import InvalidArgument, NotFound, QueueFull, Unavailable
 from runtime.server import convert
 from runtime.server.backlog import Backlog
-from runtime.server.pipeline import Completion, Pipeline
-from runtime.server.reply import Final
+from runtime.server.pipeline import Pipeline
+from runtime.server.reply import Final, Piece
 from runtime.server.statuses import Cancelled, DeadlineExceeded
 from runtime.types import FinishReason
 from tramontane.v1 import inference_service_pb2 as pb
@@ -44,21 +46,19 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         self._max_lag = max_lag
 
     async def Generate(self, request, context: grpc.aio.ServicerContext) -> None:
-        self._check_model(request.model)
-        self._admit()
-        backlog = Backlog(self._max_lag)
-        self._open.add(backlog)
-        self._idle.clear()
+        self._admit(request.model)
+        request_id = secrets.token_hex(8)
+        completion = convert.completion(request, request_id, context.time_remaining())
         try:
-            request_id = secrets.token_hex(8)
-            completion = convert.completion(request, request_id, context.time_remaining())
-            await self._stream(completion, backlog, context)
+            await self._stream(self._pipeline.run(completion), convert.response, request_id, context)
         except InvalidArgument as error:
             raise convert.contract_field(error) from None
-        finally:
-            self._open.remove(backlog)
-            if not self._open:
-                self._idle.set()
+
+    async def Score(self, request, context: grpc.aio.ServicerContext) -> None:
+        self._admit(request.model)
+        request_id = secrets.token_hex(8)
+        completion = convert.scoring(request, request_id, context.time_remaining())
+        await self._stream(self._pipeline.score(completion), convert.score_response, request_id, context)
 
     async def Tokenize(self, request, context):
         self._check_model(request.model)
@@ -108,11 +108,18 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
             backlog.close(Unavailable("the server shut down before the reply was complete"))
 
     async def _stream(
-        self, completion: Completion, backlog: Backlog, context: grpc.aio.ServicerContext
+        self,
+        pieces: AsyncGenerator[Piece, None],
+        message: Callable[[Piece, str, str], Message],
+        request_id: str,
+        context: grpc.aio.ServicerContext,
     ) -> None:
-        """Write a reply. The pipeline is read by a task of its own, so that a client that does not read
+        """Write pieces as messages. They are read by a task of its own, so that a client that does not read
         holds up its own stream alone."""
-        pump = asyncio.create_task(_pump(self._pipeline, completion, backlog))
+        backlog = Backlog(self._max_lag)
+        self._open.add(backlog)
+        self._idle.clear()
+        pump = asyncio.create_task(_pump(pieces, backlog))
         # However this ends, the request must not live on in the engine; depending on where the handler
         # waits, a cancelled call shows as different exceptions, and the callback needs none of them.
         context.add_done_callback(lambda _: pump.cancel())
@@ -120,7 +127,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         finals: list[Final] = []
         try:
             while (piece := await backlog.take()) is not None:
-                await context.write(convert.response(piece, completion.request_id, model))
+                await context.write(message(piece, request_id, model))
                 if piece.final is not None:
                     finals.append(piece.final)
             for final in finals:
@@ -128,8 +135,12 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         finally:
             pump.cancel()
             await asyncio.wait([pump])
+            self._open.remove(backlog)
+            if not self._open:
+                self._idle.set()
 
-    def _admit(self) -> None:
+    def _admit(self, model: str) -> None:
+        self._check_model(model)
         if self.admission is not Admission.OPEN:
             raise Unavailable(self.admission.value)
         if self.open_streams >= self._max_streams:
@@ -145,10 +156,10 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         return convert.model(self._pipeline.info, tokenizer.bos_id, tuple(tokenizer.eos_ids))
 
 
-async def _pump(pipeline: Pipeline, completion: Completion, backlog: Backlog) -> None:
-    """Move a reply's pieces into the backlog as they come. Errors go to the backlog's reader."""
+async def _pump(pieces: AsyncGenerator[Piece, None], backlog: Backlog) -> None:
+    """Move pieces into the backlog as they come. Errors go to the backlog's reader."""
     try:
-        async with aclosing(pipeline.run(completion)) as pieces:
+        async with aclosing(pieces):
             async for piece in pieces:
                 backlog.put(piece)
     except BaseException as error:

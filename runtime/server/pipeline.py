@@ -17,12 +17,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from runtime.errors import InvalidArgument
-from runtime.sampling.params import validate, validate_choices, validate_received
+from runtime.sampling.params import validate, validate_choices, validate_received, validate_top
 from runtime.server.engine_client import EngineClient
-from runtime.server.reply import Begun, Piece, Reply
+from runtime.server.reply import Begun, Final, Piece, Reply, TokenLogprobs
 from runtime.tokenizer.chat import ChatTemplate, render_chat
 from runtime.tokenizer.tokenizer import Tokenizer
-from runtime.types import Branch, EngineInfo, Finished, Request, SamplingParams
+from runtime.types import Branch, EngineInfo, Finished, Request, SamplingParams, ScoreOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +190,43 @@ class Pipeline:
                         await self.client.stop_at(request.request_id, reply.tokens, output.choice)
                     yield piece
 
+    async def score(self, completion: Completion) -> AsyncGenerator[Piece, None]:
+        """Yield the prompt's tokens with what the model thought of each: pieces without text, whose last one
+        carries a Final. `params.logprobs` is how many most likely tokens to name. Closing it aborts.
+
+        Raises InvalidArgument, QueueFull, Unavailable.
+        """
+        started = time.monotonic()
+        prompt = await asyncio.to_thread(self.encode, completion)
+        top = validate_top(completion.params.logprobs)
+        if len(prompt) > self.info.context_length:
+            raise InvalidArgument(
+                "prompt", f"holds {len(prompt)} tokens; the context is of {self.info.context_length}"
+            )
+        if len(prompt) < 2:
+            raise InvalidArgument(
+                "prompt", f"holds {len(prompt)} tokens; only those after the first have scores"
+            )
+        deadline = completion.deadline
+        request = Request(
+            request_id=completion.request_id,
+            prompt=prompt,
+            params=SamplingParams(temperature=0.0, seed=0, logprobs=top),
+            deadline=None if deadline is None else deadline - (time.monotonic() - started),
+            priority=completion.priority,
+            cache_salt=completion.cache_salt,
+            scores=True,
+        )
+        yield Piece("", prompt[:1], (TokenLogprobs(None, ()),))
+        async with aclosing(self.client.generate(request)) as outputs:
+            async for output in outputs:
+                if isinstance(output, ScoreOutput):
+                    tokens = prompt[output.first : output.first + len(output.scores)]
+                    entries = tuple(TokenLogprobs(score.logprob, score.top) for score in output.scores)
+                    yield Piece("", tokens, entries)
+                elif isinstance(output, Finished):
+                    yield Piece("", final=_scored(output, self.info.numerics))
+
     def _checked_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         for place, token in enumerate(token_ids):
             if not 0 <= token < self.info.vocab_size:
@@ -202,6 +239,20 @@ class Pipeline:
 def prompt_digest(prompt: Sequence[int]) -> bytes:
     """A name for a prompt: SHA-256 of its tokens as 32-bit little-endian numbers."""
     return hashlib.sha256(struct.pack(f"<{len(prompt)}I", *prompt)).digest()
+
+
+def _scored(finished: Finished, numerics: str) -> Final:
+    return Final(
+        finish_reason=finished.reason,
+        matched_stop=None,
+        stop_token=None,
+        prompt_tokens=finished.prompt_tokens,
+        cached_tokens=finished.cached_tokens,
+        completion_tokens=0,
+        seed=0,
+        numerics=numerics,
+        detail=finished.detail,
+    )
 
 
 def _check_unicode(name: str, text: str) -> None:

@@ -17,9 +17,9 @@ from runtime.types import Branch, Finished, FinishReason, Request, TokenLogprob,
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Of one token of the reply. As in TokenOutput."""
+    """Of one token of a reply, or of a text that is scored: None for its first one. As in TokenOutput."""
 
-    logprob: float
+    logprob: float | None
     top: tuple[TokenLogprob, ...]
 
 

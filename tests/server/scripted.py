@@ -12,8 +12,10 @@ from runtime.types import (
     FinishReason,
     Load,
     Request,
+    ScoreOutput,
     TokenLogprob,
     TokenOutput,
+    TokenScore,
 )
 
 BOS, EOS = 256, 257
@@ -71,7 +73,7 @@ class ScriptedEngine:
     requests: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     stopped: dict[str, int] = field(default_factory=dict)  # choice c of request r as "r", "r/1", ...
-    dies: int | None = None  # the tokens after which it fails, each time it is asked
+    dies: int | None = None  # the tokens after which it fails, each time it is asked; of scores, how often
     running: int = 0
     sent: int = 0
 
@@ -100,7 +102,20 @@ class ScriptedEngine:
                 self.aborted.append(request.request_id)
 
     async def _outputs(self, request: Request):
-        """All branches, a token each in turn."""
+        """All branches, a token each in turn; or the scores of the prompt, two at a time."""
+        if request.scores:
+            if self.dies is not None:
+                self.dies -= 1
+                if self.dies >= 0:
+                    yield Finished(request.request_id, FinishReason.ERROR, 3, 0, 0, detail="rank 1 is gone")
+                    return
+            for first in range(1, len(request.prompt), 2):
+                await asyncio.sleep(self.pace)
+                run = request.prompt[first : first + 2]
+                scores = (TokenScore(*self._logprobs(request, token)) for token in run)
+                yield ScoreOutput(request.request_id, first, tuple(scores))
+            yield Finished(request.request_id, FinishReason.LENGTH, len(request.prompt), 0, 0)
+            return
         running = [self._branch(request, branch) for branch in request.branches]
         while running:
             for branch in list(running):

@@ -93,7 +93,7 @@ def test_a_generic_client_lists_describes_and_calls(version):
             assert {"tramontane.v1.InferenceService", "grpc.health.v1.Health"} < set(client.services())
             service = client.describe("tramontane.v1.InferenceService")
             assert [method.name for method in service.methods] == [
-                "Generate", "Tokenize", "Detokenize", "GetModel", "ListModels", "GetLoad",
+                "Generate", "Score", "Tokenize", "Detokenize", "GetModel", "ListModels", "GetLoad",
             ]  # fmt: skip
             methods = service.methods_by_name
             messages = client.call(methods["Generate"], {"text": "hi", "sampling": {"max_tokens": 3}})

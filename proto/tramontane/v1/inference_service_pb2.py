@@ -23,37 +23,38 @@ _sym_db = _symbol_database.Default()
 
 
 from tramontane.v1 import generate_pb2 as tramontane_dot_v1_dot_generate__pb2
+from tramontane.v1 import score_pb2 as tramontane_dot_v1_dot_score__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tramontane/v1/inference_service.proto\x12\rtramontane.v1\x1a\x1ctramontane/v1/generate.proto\"\xc2\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12/\n\x08messages\x18\x03 \x01(\x0b\x32\x1b.tramontane.v1.ChatMessagesH\x00\x12\x18\n\x0b\x61\x64\x64_special\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x1a\n\rparse_special\x18\x05 \x01(\x08H\x02\x88\x01\x01\x42\x07\n\x05inputB\x0e\n\x0c_add_specialB\x10\n\x0e_parse_special\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"a\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x19\n\x0cskip_special\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x0f\n\r_skip_special\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.tramontane.v1.Model\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.tramontane.v1.Model\"\x85\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08numerics\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\n\n\x02tp\x18\x07 \x01(\r\x12\r\n\x05units\x18\x08 \x01(\r\x12\x12\n\nblock_size\x18\t \x01(\r\x12\x14\n\x0ctotal_blocks\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x12\n\nrank_nodes\x18\x0c \x03(\tB\x0f\n\r_bos_token_id\"\x10\n\x0eGetLoadRequest\"\xfe\x01\n\x0fGetLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\r\x12\x15\n\rcached_blocks\x18\x06 \x01(\r\x12\r\n\x05steps\x18\x07 \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\x08 \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\t \x01(\x04\x12\x13\n\x0bpreemptions\x18\n \x01(\x04\x12\x14\n\x0copen_streams\x18\x0b \x01(\r2\xeb\x03\n\x10InferenceService\x12M\n\x08Generate\x12\x1e.tramontane.v1.GenerateRequest\x1a\x1f.tramontane.v1.GenerateResponse0\x01\x12K\n\x08Tokenize\x12\x1e.tramontane.v1.TokenizeRequest\x1a\x1f.tramontane.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .tramontane.v1.DetokenizeRequest\x1a!.tramontane.v1.DetokenizeResponse\x12K\n\x08GetModel\x12\x1e.tramontane.v1.GetModelRequest\x1a\x1f.tramontane.v1.GetModelResponse\x12Q\n\nListModels\x12 .tramontane.v1.ListModelsRequest\x1a!.tramontane.v1.ListModelsResponse\x12H\n\x07GetLoad\x12\x1d.tramontane.v1.GetLoadRequest\x1a\x1e.tramontane.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tramontane/v1/inference_service.proto\x12\rtramontane.v1\x1a\x1ctramontane/v1/generate.proto\x1a\x19tramontane/v1/score.proto\"\xc2\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12/\n\x08messages\x18\x03 \x01(\x0b\x32\x1b.tramontane.v1.ChatMessagesH\x00\x12\x18\n\x0b\x61\x64\x64_special\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x1a\n\rparse_special\x18\x05 \x01(\x08H\x02\x88\x01\x01\x42\x07\n\x05inputB\x0e\n\x0c_add_specialB\x10\n\x0e_parse_special\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"a\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x19\n\x0cskip_special\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x0f\n\r_skip_special\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.tramontane.v1.Model\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.tramontane.v1.Model\"\x85\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08numerics\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\n\n\x02tp\x18\x07 \x01(\r\x12\r\n\x05units\x18\x08 \x01(\r\x12\x12\n\nblock_size\x18\t \x01(\r\x12\x14\n\x0ctotal_blocks\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x12\n\nrank_nodes\x18\x0c \x03(\tB\x0f\n\r_bos_token_id\"\x10\n\x0eGetLoadRequest\"\xfe\x01\n\x0fGetLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\r\x12\x15\n\rcached_blocks\x18\x06 \x01(\r\x12\r\n\x05steps\x18\x07 \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\x08 \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\t \x01(\x04\x12\x13\n\x0bpreemptions\x18\n \x01(\x04\x12\x14\n\x0copen_streams\x18\x0b \x01(\r2\xb1\x04\n\x10InferenceService\x12M\n\x08Generate\x12\x1e.tramontane.v1.GenerateRequest\x1a\x1f.tramontane.v1.GenerateResponse0\x01\x12\x44\n\x05Score\x12\x1b.tramontane.v1.ScoreRequest\x1a\x1c.tramontane.v1.ScoreResponse0\x01\x12K\n\x08Tokenize\x12\x1e.tramontane.v1.TokenizeRequest\x1a\x1f.tramontane.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .tramontane.v1.DetokenizeRequest\x1a!.tramontane.v1.DetokenizeResponse\x12K\n\x08GetModel\x12\x1e.tramontane.v1.GetModelRequest\x1a\x1f.tramontane.v1.GetModelResponse\x12Q\n\nListModels\x12 .tramontane.v1.ListModelsRequest\x1a!.tramontane.v1.ListModelsResponse\x12H\n\x07GetLoad\x12\x1d.tramontane.v1.GetLoadRequest\x1a\x1e.tramontane.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tramontane.v1.inference_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TOKENIZEREQUEST']._serialized_start=87
-  _globals['_TOKENIZEREQUEST']._serialized_end=281
-  _globals['_TOKENIZERESPONSE']._serialized_start=283
-  _globals['_TOKENIZERESPONSE']._serialized_end=320
-  _globals['_DETOKENIZEREQUEST']._serialized_start=322
-  _globals['_DETOKENIZEREQUEST']._serialized_end=419
-  _globals['_DETOKENIZERESPONSE']._serialized_start=421
-  _globals['_DETOKENIZERESPONSE']._serialized_end=455
-  _globals['_GETMODELREQUEST']._serialized_start=457
-  _globals['_GETMODELREQUEST']._serialized_end=489
-  _globals['_GETMODELRESPONSE']._serialized_start=491
-  _globals['_GETMODELRESPONSE']._serialized_end=546
-  _globals['_LISTMODELSREQUEST']._serialized_start=548
-  _globals['_LISTMODELSREQUEST']._serialized_end=567
-  _globals['_LISTMODELSRESPONSE']._serialized_start=569
-  _globals['_LISTMODELSRESPONSE']._serialized_end=627
-  _globals['_MODEL']._serialized_start=630
-  _globals['_MODEL']._serialized_end=891
-  _globals['_GETLOADREQUEST']._serialized_start=893
-  _globals['_GETLOADREQUEST']._serialized_end=909
-  _globals['_GETLOADRESPONSE']._serialized_start=912
-  _globals['_GETLOADRESPONSE']._serialized_end=1166
-  _globals['_INFERENCESERVICE']._serialized_start=1169
-  _globals['_INFERENCESERVICE']._serialized_end=1660
+  _globals['_TOKENIZEREQUEST']._serialized_start=114
+  _globals['_TOKENIZEREQUEST']._serialized_end=308
+  _globals['_TOKENIZERESPONSE']._serialized_start=310
+  _globals['_TOKENIZERESPONSE']._serialized_end=347
+  _globals['_DETOKENIZEREQUEST']._serialized_start=349
+  _globals['_DETOKENIZEREQUEST']._serialized_end=446
+  _globals['_DETOKENIZERESPONSE']._serialized_start=448
+  _globals['_DETOKENIZERESPONSE']._serialized_end=482
+  _globals['_GETMODELREQUEST']._serialized_start=484
+  _globals['_GETMODELREQUEST']._serialized_end=516
+  _globals['_GETMODELRESPONSE']._serialized_start=518
+  _globals['_GETMODELRESPONSE']._serialized_end=573
+  _globals['_LISTMODELSREQUEST']._serialized_start=575
+  _globals['_LISTMODELSREQUEST']._serialized_end=594
+  _globals['_LISTMODELSRESPONSE']._serialized_start=596
+  _globals['_LISTMODELSRESPONSE']._serialized_end=654
+  _globals['_MODEL']._serialized_start=657
+  _globals['_MODEL']._serialized_end=918
+  _globals['_GETLOADREQUEST']._serialized_start=920
+  _globals['_GETLOADREQUEST']._serialized_end=936
+  _globals['_GETLOADRESPONSE']._serialized_start=939
+  _globals['_GETLOADRESPONSE']._serialized_end=1193
+  _globals['_INFERENCESERVICE']._serialized_start=1196
+  _globals['_INFERENCESERVICE']._serialized_end=1757
 # @@protoc_insertion_point(module_scope)

@@ -1,4 +1,5 @@
 from tramontane.v1 import generate_pb2 as _generate_pb2
+from tramontane.v1 import score_pb2 as _score_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message

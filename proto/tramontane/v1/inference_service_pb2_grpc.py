@@ -5,6 +5,7 @@ import warnings
 
 from tramontane.v1 import generate_pb2 as tramontane_dot_v1_dot_generate__pb2
 from tramontane.v1 import inference_service_pb2 as tramontane_dot_v1_dot_inference__service__pb2
+from tramontane.v1 import score_pb2 as tramontane_dot_v1_dot_score__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -54,6 +55,11 @@ class InferenceServiceStub:
                 '/tramontane.v1.InferenceService/Generate',
                 request_serializer=tramontane_dot_v1_dot_generate__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=tramontane_dot_v1_dot_generate__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_stream(
+                '/tramontane.v1.InferenceService/Score',
+                request_serializer=tramontane_dot_v1_dot_score__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=tramontane_dot_v1_dot_score__pb2.ScoreResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/tramontane.v1.InferenceService/Tokenize',
@@ -107,6 +113,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """What the model thinks of the tokens of a text, streamed as they are computed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Text or a conversation into tokens.
         """
@@ -149,6 +162,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=tramontane_dot_v1_dot_generate__pb2.GenerateRequest.FromString,
                     response_serializer=tramontane_dot_v1_dot_generate__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_stream_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=tramontane_dot_v1_dot_score__pb2.ScoreRequest.FromString,
+                    response_serializer=tramontane_dot_v1_dot_score__pb2.ScoreResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -218,6 +236,33 @@ class InferenceService:
             '/tramontane.v1.InferenceService/Generate',
             tramontane_dot_v1_dot_generate__pb2.GenerateRequest.SerializeToString,
             tramontane_dot_v1_dot_generate__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tramontane.v1.InferenceService/Score',
+            tramontane_dot_v1_dot_score__pb2.ScoreRequest.SerializeToString,
+            tramontane_dot_v1_dot_score__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
