@@ -24,7 +24,7 @@ def _attend(
     block: int = 16,
     window: int = 0,
 ) -> Specimen:
-    """`most`: lane-instructions an element of KV. One turn of the loop takes a tile of keys and one of values,
+    """`most`: lane-instructions an element of KV. A turn of the loop takes a tile of keys and one of values,
     2 x 64 x D elements, for a tile's width of query rows; its branches, which few turns take, are counted
     too: the mask, and the close of a segment where streamed."""
     tuning = tuning_for(dim, fp8, (generation // 10, generation % 10))
