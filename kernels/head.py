@@ -1,7 +1,8 @@
 """The output head: fp32 logits over one unit's share of the vocabulary.
 
-A bf16 product returns bf16, which ties near-equal logits. So the bf16 pass only finds the most likely
-rows; those are computed again in fp32 from the exact rows of the file.
+On AMX a quantised table is multiplied as the file stores it, by x in fp32 (`kernels.native.head`).
+Elsewhere, and for dense tables, there is a bf16 copy of the rows. Its product returns bf16, which ties
+near-equal logits, so it only finds the most likely rows; those are computed again in fp32 from the file's.
 """
 
 from __future__ import annotations
@@ -11,29 +12,58 @@ from dataclasses import dataclass
 import torch
 
 from kernels.embedding import RowTable, rows
-from kernels.linear import Bf16Weight, Fp32Weight, linear
+from kernels.linear import Bf16Weight, Fp32Weight, linear, pack_bf16, pack_fp32
+from kernels.native import head, machine
 
-RESCORED = 32  # rows a unit and token that get exact logits
+RESCORED = 32  # rows a unit and token that get exact logits, where others do not
+_COPIED = 4096  # rows at once: bounds an fp32 copy
 
 
 @dataclass(frozen=True, slots=True)
 class HeadShare:
-    """One unit's rows of the head. `table` and `base` say where the exact rows stand."""
+    """One unit's rows of the head: `size` rows of `table` from `base` on."""
 
-    weight: Bf16Weight | Fp32Weight
-    table: RowTable | None  # None for an fp32 weight, which needs no second pass
-    base: int  # the share's first row within `table`
+    weight: Bf16Weight | Fp32Weight | None  # a copy of the rows; None where the table itself is multiplied
+    table: RowTable | None  # None for an fp32 weight, which needs nothing else
+    base: int
+    size: int
+
+
+def head_share(table: RowTable, start: int, stop: int, dtype: torch.dtype) -> HeadShare:
+    """Rows start .. stop - 1 of a table, for activations of `dtype`."""
+    if dtype == torch.bfloat16 and machine.supported() and stop - start >= head.ROWS and _served(table):
+        return HeadShare(None, table, start, stop - start)
+    return copied_share(table, start, stop, dtype)
+
+
+def copied_share(table: RowTable, start: int, stop: int, dtype: torch.dtype) -> HeadShare:
+    """The same where nothing multiplies the table as it is."""
+    index = torch.arange(start, stop)
+    exact = torch.cat([rows(table, part).to(dtype) for part in index.split(_COPIED)])
+    if dtype == torch.float32:
+        return HeadShare(pack_fp32(exact), None, 0, stop - start)
+    return HeadShare(pack_bf16(exact), table, start, stop - start)
 
 
 def head_logits(x: torch.Tensor, share: HeadShare, out: torch.Tensor) -> None:
     """x fp32 [M, K], normalised -> out, fp32 logits [M, V of the share]."""
-    if share.table is None:
+    table = share.table
+    if share.weight is None:
+        mine = slice(share.base, share.base + share.size)
+        offsets = None if table.offsets is None else table.offsets[mine]
+        head.logits(x, table.codes[mine], table.scales[mine], offsets, table.group, out)
+        return
+    if table is None:
         out.copy_(linear(x, share.weight))
         return
     coarse = linear(x.to(torch.bfloat16), share.weight)
     count = min(RESCORED, coarse.shape[1])
     best = torch.topk(coarse, count, dim=1, sorted=False).indices
-    exact = rows(share.table, best.reshape(-1) + share.base).view(x.shape[0], count, -1)
+    exact = rows(table, best.reshape(-1) + share.base).view(x.shape[0], count, -1)
     exact *= x[:, None, :]
     out.copy_(coarse)
     out.scatter_(1, best, exact.sum(dim=-1))
+
+
+def _served(table: RowTable) -> bool:
+    return table.scales is not None and head.takes(table.codes, table.group)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.embedding import RowTable, rows
-from kernels.head import HeadShare
-from kernels.linear import Weight, pack_bf16, pack_fp32
+from kernels.embedding import RowTable
+from kernels.head import HeadShare, head_share
+from kernels.linear import Weight
 from runtime.model.layout import RunShare
 from runtime.model.packing import Columns, Loaded, Packer, row_count, select, select_cols
 from runtime.model.spec import ModelSpec
@@ -60,9 +60,7 @@ class Shard:
         """Bytes of all weights as they are held."""
         seen = {id(self.embedding): self.embedding.nbytes}
         for head in self.heads:
-            seen[id(head.weight)] = head.weight.nbytes
-            if head.table is not None:
-                seen[id(head.table)] = head.table.nbytes
+            seen |= {id(part): part.nbytes for part in (head.weight, head.table) if part is not None}
         for layer in self.layers:
             weights = [*layer.qkv.parts, *layer.attention_output]
             for ffn in layer.ffn:
@@ -102,7 +100,7 @@ def build_shard(
     embedding = _row_table(take("token_embd.weight"))
     output_norm = vector("output_norm.weight")
     table = embedding if spec.tied_head else _row_table(take("output.weight"))
-    heads = tuple(_head_share(table, u.vocab, share.vocab[0], dtype) for u in mine)
+    heads = tuple(head_share(table, *_within(u.vocab, share.vocab, 1), dtype) for u in mine)
     if not spec.tied_head and dtype == torch.float32:
         table = None
     factors = vector("rope_freqs.weight") if spec.rope_factors else None
@@ -185,16 +183,3 @@ def _row_table(value: Loaded) -> RowTable:
         signed = value.codes().to(torch.int16).sub_(value.zero_point).to(torch.int8)
         return RowTable(signed, scales, None, value.group)
     return RowTable(value.codes(), scales, offsets.contiguous(), value.group)
-
-
-def _head_share(table: RowTable, vocab: Span, base: int, dtype: torch.dtype) -> HeadShare:
-    index = torch.arange(vocab[0] - base, vocab[1] - base)
-    exact = _table_rows(table, index, dtype)
-    if dtype == torch.float32:
-        return HeadShare(pack_fp32(exact), None, 0)
-    return HeadShare(pack_bf16(exact), table, vocab[0] - base)
-
-
-def _table_rows(table: RowTable, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    step = 4096  # bounds the fp32 copy
-    return torch.cat([rows(table, part).to(dtype) for part in index.split(step)])

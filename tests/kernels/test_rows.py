@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kernels.embedding import RowTable, rows
-from kernels.head import RESCORED, HeadShare, head_logits
-from kernels.linear import pack_bf16, pack_fp32
+from kernels.head import RESCORED, HeadShare, copied_share, head_logits, head_share
+from kernels.native import machine
 from kernels.norm import rms_norm
 from kernels.rope import rope_
 from tests.bits import random, same_bits, torch_threads
@@ -16,9 +16,10 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def logits_of(x: torch.Tensor, share: HeadShare) -> torch.Tensor:
-    out = torch.full((x.shape[0], share.weight.out_features), float("nan"))
-    head_logits(x, share, out)
-    return out
+    out = torch.full((x.shape[0], share.size + 2), float("nan"))
+    head_logits(x, share, out[:, 1:-1])
+    assert out[:, [0, -1]].isnan().all()
+    return out[:, 1:-1]
 
 
 @pytest.mark.parametrize("width", [1, 8, 64, 100, 576, 4096, 8192, 32767])
@@ -128,16 +129,51 @@ def test_table_bytes_are_counted():
     assert table.nbytes == 100 * 96 + 2 * 100 * 3 * 4
 
 
-def head_of(v: int, k: int, start: int, stop: int, *, own: bool = False) -> HeadShare:
+def head_of(kind: str, table: RowTable, start: int, stop: int, *, own: bool = False) -> HeadShare:
     """Rows start .. stop - 1 of a head; `own`: from a table of these rows alone, as a rank holds them."""
-    table, _ = quantised_table(v, k, 32)
-    share = rows(table, torch.arange(start, stop))
     if own:
-        assert table.scales is not None and table.offsets is not None
-        table = RowTable(
-            table.codes[start:stop], table.scales[start:stop], table.offsets[start:stop], table.group
-        )
-    return HeadShare(pack_bf16(share), table, 0 if own else start)
+        rows_ = slice(start, stop)
+        minima = None if table.offsets is None else table.offsets[rows_]
+        table = RowTable(table.codes[rows_], table.scales[rows_], minima, table.group)
+        start, stop = 0, stop - start
+    if kind == "tiles":
+        share = head_share(table, start, stop, BF16)
+        assert share.weight is None
+        return share
+    return copied_share(table, start, stop, FP32 if kind == "fp32" else BF16)
+
+
+TILES = pytest.param("tiles", marks=pytest.mark.skipif(not machine.supported(), reason="no AMX"))
+
+
+@pytest.mark.skipif(not machine.supported(), reason="no AMX")
+@pytest.mark.parametrize("m", [1, 3, 16, 20])
+@pytest.mark.parametrize("offsets", [True, False])
+@pytest.mark.parametrize(
+    ("v", "k", "group", "start", "stop"),
+    [(1000, 128, 32, 333, 666), (64, 96, 16, 40, 57), (64, 512, 256, 0, 16), (500, 576, 64, 3, 500)],
+)
+def test_tiles_make_every_logit_exact(m, offsets, v, k, group, start, stop):
+    """As exact as fp32 sums are, whatever the size of x."""
+    table, exact = quantised_table(v, k, group, offsets=offsets)
+    share = head_of("tiles", table, start, stop)
+    for size in (1.0, 1e-6, 1e4):
+        x = random(5, m, k) * size
+        x[0, : k // 2] *= 1e-5
+        bound = x.double().abs() @ exact[start:stop].abs().t()
+        error = (logits_of(x, share).double() - x.double() @ exact[start:stop].t()).abs()
+        assert (error <= bound * 2**-20).all()
+
+
+@pytest.mark.skipif(not machine.supported(), reason="no AMX")
+def test_a_loud_row_of_the_head_is_not_heard():
+    x = random(5, 16, 128)
+    share = head_of("tiles", quantised_table(100, 128, 32)[0], 0, 100)
+    quiet = logits_of(x, share)
+    x[1::2] = float("nan")
+    x[3] = float("inf")
+    assert same_bits(logits_of(x, share)[::2], quiet[::2])
+    assert not logits_of(x, share)[1::2].isfinite().any()
 
 
 @pytest.mark.parametrize(
@@ -145,11 +181,11 @@ def head_of(v: int, k: int, start: int, stop: int, *, own: bool = False) -> Head
 )
 def test_the_best_logits_are_exact(v, start, stop):
     """As exact as fp32 sums are, for the rows that a bf16 pass ranks first; the others to bf16."""
-    _, exact = quantised_table(v, 128, 32)
+    table, exact = quantised_table(v, 128, 32)
     x = random(5, 20, 128)
     want = x.double() @ exact[start:stop].t()
     size = x.double().abs() @ exact[start:stop].abs().t()
-    got = logits_of(x, head_of(v, 128, start, stop))
+    got = logits_of(x, head_of("bf16", table, start, stop))
     assert got.dtype == FP32 and got.shape == (20, stop - start)
     error = (got.double() - want).abs()
     assert (error <= size * 2**-7).all()
@@ -162,20 +198,18 @@ def test_near_ties_in_bf16_are_told_apart():
     """Rows that one bf16 number stands for: what a bf16 head gets wrong."""
     base = random(1, 1, 64)
     codes = base * (1 + torch.arange(40)[:, None] * 1e-5)
-    share = HeadShare(pack_bf16(codes), RowTable(codes, None, None, 0), 0)
+    share = head_share(RowTable(codes, None, None, 0), 0, 40, BF16)
     got = logits_of(base, share)[0]
     want = (base.double() @ codes.double().t())[0]
     exact = (got - want).abs() < want.abs() * 2**-20
     assert exact.sum() >= RESCORED and torch.unique(got[exact]).numel() >= RESCORED
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+@pytest.mark.parametrize("kind", ["bf16", "fp32", TILES])
 def test_head_rows_do_not_know_their_batch_nor_the_share_its_rank(kind):
     x = random(5, 40, 128)
-    if kind == "fp32":
-        share = own = HeadShare(pack_fp32(random(6, 333, 128)), None, 0)
-    else:
-        share, own = (head_of(1000, 128, 333, 666, own=own) for own in (False, True))
+    table, _ = quantised_table(1000, 128, 32)
+    share, own = (head_of(kind, table, 333, 666, own=own) for own in (False, True))
     with torch_threads(1):
         alone = torch.cat([logits_of(x[i : i + 1], share) for i in range(40)])
     for threads in (1, 2, 4):
