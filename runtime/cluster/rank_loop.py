@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
 
 from runtime.errors import TramontaneError
@@ -26,6 +28,7 @@ def run_rank(runner: StepRunner, host: str, port: int, token: str) -> str:
                 return  # the main thread sees it too
 
     threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+    collector = _Collector(runner, connection) if _launches(runner) else None
     try:
         while True:
             try:
@@ -35,13 +38,56 @@ def run_rank(runner: StepRunner, host: str, port: int, token: str) -> str:
             if not isinstance(plan, StepPlan):
                 return "the engine sent something that is not a plan"
             try:
+                if collector is not None:
+                    collector.launch(plan)
+                    continue
                 result = runner.execute(plan)
             except Exception as error:  # a defect in a step ends the group, never silently
-                kind = "" if isinstance(error, TramontaneError) else f"{type(error).__name__}: "
-                connection.send("failed", f"{kind}{error}")
+                connection.send("failed", _told(error))
                 raise
             if runner.comm.rank == 0:
                 connection.send("result", result)
     finally:
         ended.set()
+        if collector is not None:
+            collector.close()
         connection.close()
+
+
+def _launches(runner: StepRunner) -> bool:
+    """Whether plans can be started before the last one's tokens are known: on a GPU without peers."""
+    return hasattr(runner, "launch") and runner.comm.size == 1
+
+
+class _Collector:
+    """Waits for launched plans in a thread of its own, so that the next plan starts meanwhile."""
+
+    def __init__(self, runner, connection: Connection):
+        self._runner = runner
+        self._connection = connection
+        self._launched: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="collector", daemon=True)
+        self._thread.start()
+
+    def launch(self, plan: StepPlan) -> None:
+        self._launched.put(self._runner.launch(plan))
+
+    def close(self) -> None:
+        self._launched.put(None)
+        self._thread.join(timeout=10)
+
+    def _work(self) -> None:
+        try:
+            while (launched := self._launched.get()) is not None:
+                self._connection.send("result", self._runner.collect(launched))
+        except WireError:
+            return  # the main thread sees it too
+        except Exception as error:  # a defect in a step ends the group, never silently
+            with contextlib.suppress(WireError):
+                self._connection.send("failed", _told(error))
+            self._connection.close()
+
+
+def _told(error: Exception) -> str:
+    kind = "" if isinstance(error, TramontaneError) else f"{type(error).__name__}: "
+    return f"{kind}{error}"

@@ -13,7 +13,7 @@ from runtime.model.gpu.shard import build_gpu_shard
 from runtime.model.header import OpenModel, open_model
 from runtime.model.layout import shard_slices
 from runtime.model.units import rank_units
-from runtime.types import Chunk, SampledToken, SamplingParams, SequenceStart, StepPlan
+from runtime.types import Chunk, SampledToken, SamplingParams, SequenceStart, StepPlan, StepResult
 from runtime.weights.loader import load
 from tests.gpu.device import DEVICE
 
@@ -43,17 +43,26 @@ def replies(
     *,
     chunk: int | None = None,
     params: SamplingParams | None = None,
+    ahead: int = 0,
 ) -> list[Reply]:
-    """A reply of `length` tokens to each prompt, all at once; prompts in chunks of `chunk` tokens."""
+    """A reply of `length` tokens to each prompt, all at once; prompts in chunks of `chunk` tokens. `ahead`:
+    plans launched before the first of them is collected."""
     params = params or SamplingParams(temperature=0.0, logprobs=2)
     most = -(-max(len(prompt) + length for prompt in prompts) // BLOCK)
     done: list[list[SampledToken]] = [[] for _ in prompts]
     at = [0] * len(prompts)
+    planned = [0] * len(prompts)
+    pending: list = []
     step = 0
-    while any(len(reply) < length for reply in done):
+
+    def take(result: StepResult) -> None:
+        for token in result.tokens:
+            done[token.slot].append(token)
+
+    while any(count < length for count in planned):
         chunks, starts = [], []
         for slot, prompt in enumerate(prompts):
-            if len(done[slot]) == length:
+            if planned[slot] == length:
                 continue
             if at[slot] == 0:
                 starts.append(SequenceStart(slot, tuple(prompt), len(prompt), params, ()))
@@ -61,10 +70,18 @@ def replies(
             count = min(left, chunk or left)
             blocks = tuple(range(slot * most, (slot + 1) * most)) if at[slot] == 0 else ()
             chunks.append(Chunk(slot, at[slot], count, blocks, at[slot] + count >= len(prompt)))
+            planned[slot] += chunks[-1].samples
             at[slot] += count
-        for token in run.execute(StepPlan(step, (), tuple(starts), tuple(chunks))).tokens:
-            done[token.slot].append(token)
+        plan = StepPlan(step, (), tuple(starts), tuple(chunks))
+        if ahead:
+            pending.append(run.launch(plan))
+            if len(pending) > ahead:
+                take(run.collect(pending.pop(0)))
+        else:
+            take(run.execute(plan))
         step += 1
+    for launched in pending:
+        take(run.collect(launched))
     return [tuple((t.token, t.logprob, tuple(t.top)) for t in reply) for reply in done]
 
 

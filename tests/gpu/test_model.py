@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from runtime.sampling.sampler import SamplerState, sample
+from runtime.types import SamplingParams
 from tests.gpu.device import ON_GPU
 from tests.gpu.play import opened, replies, replies_of_ranks, runner
 
@@ -43,6 +45,46 @@ def test_company_and_chunks(model, alone) -> None:
     run = opened(model)
     assert replies(runner(run, 64, 3), PROMPTS, 3) == alone
     assert replies(runner(run, 64, 3), PROMPTS, 3, chunk=2) == alone
+
+
+def test_a_step_ahead(model, alone) -> None:
+    """Plans launched before the tokens they continue have been seen."""
+    assert replies(runner(opened(model), 64, 3), PROMPTS, 3, ahead=1) == alone
+
+
+def test_sampled_like_the_host(model) -> None:
+    """Seeded, filtered and penalised choices: the host's sampler on the same logits chooses the same."""
+    params = SamplingParams(
+        temperature=0.9, top_p=0.9, top_k=50, seed=7, repetition_penalty=1.2, frequency_penalty=0.3,
+        logit_bias=((5, 2.0),), logprobs=1, max_tokens=3,
+    )  # fmt: skip
+    run = runner(opened(model), 64, 2)
+    seen = _HostSampler(run._sampler, params, PROMPTS[:2], run.forward.shard.spec.vocab)
+    run._sampler = seen
+    found = replies(run, PROMPTS[:2], 3, params=params)
+    assert [[token for token, _, _ in reply] for reply in found] == seen.tokens
+    for reply, logprobs in zip(found, seen.logprobs, strict=True):
+        assert [p for _, p, _ in reply] == pytest.approx(logprobs, abs=1e-5)
+
+
+class _HostSampler:
+    """Chooses by the device, and beside it by the host."""
+
+    def __init__(self, inner, params, prompts, vocab):
+        self._inner = inner
+        self._states = [SamplerState(params, prompt, (), (), vocab) for prompt in prompts]
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.logprobs: list[list[float]] = [[] for _ in prompts]
+        self.start = inner.start
+
+    def sample(self, logits, slots, positions):
+        for choice, slot in zip(
+            sample(logits, [self._states[s] for s in slots], positions), slots, strict=True
+        ):
+            self.tokens[slot].append(choice.token)
+            self.logprobs[slot].append(choice.logprob)
+            self._states[slot].append(choice.token)
+        return self._inner.sample(logits, slots, positions)
 
 
 @pytest.mark.parametrize("tp", [2])

@@ -13,9 +13,9 @@ import torch
 
 from runtime.model.communicator import Communicator
 from runtime.model.gpu.forward import GpuBatch, GpuForward
+from runtime.model.gpu.sampler import DeviceSampler
 from runtime.model.gpu.shard import DTYPE, GpuShard
 from runtime.model.runner import Watch
-from runtime.sampling.sampler import SamplerState, sample
 from runtime.sampling.score import score
 from runtime.types import Chunk, SampledToken, SequenceStart, StepPlan, StepResult, TokenScore
 
@@ -24,9 +24,22 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences of a captured step
 
 @dataclass(slots=True)
 class _Sequence:
-    tokens: list[int]
-    sampler: SamplerState | None  # rank 0 only
+    tokens: list[int | None]  # None: sampled, and not seen by the host yet
+    logprobs: int | None
     blocks: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Launched:
+    """A plan whose work is under way."""
+
+    step: int
+    chunks: list[Chunk]  # those that sample
+    sequences: list[_Sequence]  # theirs; a slot may belong to another by the time they are collected
+    tokens: torch.Tensor | None  # on the device, at rank 0
+    logprobs: torch.Tensor | None
+    tops: dict[int, torch.Tensor]  # logits of rows whose alternatives are wanted
+    scores: tuple[tuple[TokenScore, ...], ...]
 
 
 @dataclass(slots=True)
@@ -64,6 +77,7 @@ class GpuRunner:
         self._most_blocks = -(-max_positions // block_size)
         self._graphs = graphs if graphs is not None else shard.device.type == "cuda" and comm.size == 1
         self._captured: dict[tuple[int, int], _Captured] = {}
+        self._sampler = DeviceSampler(spec.vocab, shard.device)
         self._sequences: dict[int, _Sequence] = {}
         self.watch: Watch | None = None
 
@@ -71,54 +85,75 @@ class GpuRunner:
     def cache_bytes(self) -> int:
         return self.forward.cache.nbytes
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one plan. Rank 0 returns what was sampled; the others return the tokens alone."""
+        return self.collect(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        """Start a plan's work and return without waiting for it. In a group of one, the next plan may be
+        launched before this one is collected: tokens that the host has not seen are taken from the device."""
         for slot in plan.ends:
             del self._sequences[slot]
         for start in plan.starts:
             self._sequences[start.slot] = self._begin(start)
         for chunk in plan.chunks:
             self._sequences[chunk.slot].blocks.extend(chunk.new_blocks)
-        if not plan.chunks:
-            return StepResult(plan.step, ())
         chosen = [chunk for chunk in plan.chunks if chunk.samples]
-        logits = self._logits(plan.chunks)
+        scored = [chunk for chunk in plan.chunks if chunk.scores]
+        sequences = [self._sequences[chunk.slot] for chunk in chosen]
+        logits = self._logits(plan.chunks) if plan.chunks else None
         scores = ()
-        if any(chunk.scores for chunk in plan.chunks) and logits is not None:
-            logits, scored = logits[: len(chosen)], logits[len(chosen) :]
-            scores = self._scores([chunk for chunk in plan.chunks if chunk.scores], scored)
-        if not chosen:
-            return StepResult(plan.step, (), scores)
-        sampled = self._sample(chosen, logits)
-        for choice in sampled:
-            sequence = self._sequences[choice.slot]
-            sequence.tokens.append(choice.token)
-            if sequence.sampler is not None:
-                sequence.sampler.append(choice.token)
-        return StepResult(plan.step, sampled, scores)
+        if scored and logits is not None:
+            scores = self._scores(scored, logits[len(chosen) :])
+            logits = logits[: len(chosen)]
+        tokens = logprobs = None
+        tops: dict[int, torch.Tensor] = {}
+        if chosen and self.comm.rank == 0:
+            for row, sequence in enumerate(sequences):
+                if sequence.logprobs:
+                    tops[row] = logits[row].clone()
+            slots, positions = [c.slot for c in chosen], [c.start + c.length for c in chosen]
+            tokens, logprobs = self._sampler.sample(logits.contiguous(), slots, positions)
+        for sequence in sequences:
+            sequence.tokens.append(None)
+        return Launched(plan.step, chosen, sequences, tokens, logprobs, tops, scores)
+
+    @torch.inference_mode()
+    def collect(self, launched: Launched) -> StepResult:
+        """Wait for a plan's tokens. Plans are collected in the order they were launched."""
+        chunks = launched.chunks
+        if not chunks:
+            return StepResult(launched.step, (), launched.scores)
+        if launched.tokens is not None:
+            ids = launched.tokens.long().cpu()
+            if self.comm.size > 1:
+                self.comm.broadcast(ids.view(torch.uint8), ids.nbytes)
+        else:
+            ids = self.comm.broadcast(None, 8 * len(chunks)).view(torch.int64)
+        logprobs = None if launched.logprobs is None else launched.logprobs.tolist()
+        found = []
+        for row, (chunk, sequence, token) in enumerate(
+            zip(chunks, launched.sequences, ids.tolist(), strict=True)
+        ):
+            if token < 0:
+                raise ValueError(f"slot {chunk.slot}: its logits hold NaN or infinity, or allow no token")
+            sequence.tokens[chunk.start + chunk.length] = token
+            if sequence.logprobs is None or logprobs is None:
+                found.append(SampledToken(chunk.slot, token))
+                continue
+            top = (
+                score(launched.tops[row][None], [token], sequence.logprobs)[0].top
+                if sequence.logprobs
+                else ()
+            )
+            found.append(SampledToken(chunk.slot, token, logprobs[row], top))
+        return StepResult(launched.step, tuple(found), launched.scores)
 
     def _begin(self, start: SequenceStart) -> _Sequence:
-        sampler = None
         if self.comm.rank == 0:
-            prompt, reply = start.tokens[: start.prompt_length], start.tokens[start.prompt_length :]
-            vocab = self.forward.shard.spec.vocab
-            sampler = SamplerState(start.params, prompt, reply, start.stop_ids, vocab, start.choice)
-        return _Sequence(list(start.tokens), sampler)
-
-    def _sample(self, chunks: list[Chunk], logits: torch.Tensor | None) -> tuple[SampledToken, ...]:
-        if logits is not None:
-            states = [self._sequences[chunk.slot].sampler for chunk in chunks]
-            choices = sample(logits, states, [chunk.start + chunk.length for chunk in chunks])
-            if self.comm.size > 1:
-                ids = torch.tensor([choice.token for choice in choices], dtype=torch.int64)
-                self.comm.broadcast(ids.view(torch.uint8), ids.nbytes)
-            return tuple(
-                SampledToken(chunk.slot, choice.token, choice.logprob, choice.top)
-                for chunk, choice in zip(chunks, choices, strict=True)
-            )
-        ids = self.comm.broadcast(None, 8 * len(chunks)).view(torch.int64).tolist()
-        return tuple(SampledToken(chunk.slot, token) for chunk, token in zip(chunks, ids, strict=True))
+            self._sampler.start(start)
+        return _Sequence(list(start.tokens), start.params.logprobs)
 
     def _scores(self, chunks: list[Chunk], logits: torch.Tensor) -> tuple[tuple[TokenScore, ...], ...]:
         """The scores of the tokens after each row of `chunks`, whose logits are given."""
@@ -130,13 +165,13 @@ class GpuRunner:
             rows = logits[first : first + chunk.length]
             if self.watch is not None:
                 self.watch(rows, targets)
-            found.append(score(rows, targets, sequence.sampler.params.logprobs or 0))
+            found.append(score(rows, targets, sequence.logprobs or 0))
             first += chunk.length
         return tuple(found)
 
     def _logits(self, chunks: tuple[Chunk, ...]) -> torch.Tensor | None:
         """fp32 [wanted, V] at rank 0: rows of samples in the order of the plan's chunks, then scored ones."""
-        decode = all(chunk.length == 1 and chunk.samples for chunk in chunks)
+        decode = all(chunk.length == 1 and chunk.samples and not chunk.scores for chunk in chunks)
         if not (self._graphs and decode and len(chunks) <= BUCKETS[-1]):
             return self.forward.logits(self._batch(chunks, len(chunks), None))
         count = next(size for size in BUCKETS if size >= len(chunks))
@@ -169,6 +204,7 @@ class GpuRunner:
         slots: list[int] = []
         sampled: list[int] = []
         scored: list[int] = []
+        unseen: list[tuple[int, int]] = []  # rows whose token only the device knows, and their slots
         starts = [0]
         contexts: list[int] = []
         tables: list[list[int]] = []
@@ -176,8 +212,11 @@ class GpuRunner:
             sequence = self._sequences[chunk.slot]
             stop = chunk.start + chunk.length
             known = sequence.tokens[chunk.start : stop]
-            if len(known) != chunk.length:
+            if len(known) != chunk.length or (None in known and self.comm.size > 1):
                 raise ValueError(f"slot {chunk.slot}: tokens up to {stop} are not known to this rank")
+            if known[-1] is None:  # no more than the newest can be unknown
+                unseen.append((len(tokens) + chunk.length - 1, chunk.slot))
+                known[-1] = 0
             tokens += known
             positions += range(chunk.start, stop)
             slots += [
@@ -202,8 +241,12 @@ class GpuRunner:
             made = torch.tensor(values, dtype=torch.int32)
             return made.to(self.forward.shard.device, non_blocking=True)
 
+        ids = device(tokens + [0] * padding)
+        if unseen:
+            rows, of = (device(list(part)).long() for part in zip(*unseen, strict=True))
+            ids.index_copy_(0, rows, self._sampler.last.index_select(0, of))
         return GpuBatch(
-            device(tokens + [0] * padding),
+            ids,
             device(positions + [0] * padding),
             device(slots + [-1] * padding),
             device([table + [0] * (width - len(table)) for table in tables]),

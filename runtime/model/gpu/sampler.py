@@ -1,0 +1,132 @@
+"""Chooses the next tokens on the device, so that a step can start before the host has seen the last one's.
+
+Computes what `runtime.sampling` defines: bias and penalties from a table with a row a slot, filters, and
+Gumbel-max with the same noise. What differs is one sum, top-p's mass, which is fp32 here. Logprobs of the
+chosen tokens are made here too; alternatives are read off the logits by the host, where a request asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+
+from kernels.gpu.penalties import Penalties, adjust, remember
+from kernels.gpu.sampling import Settings, Workspace, sample
+from runtime.types import SamplingParams, SequenceStart
+
+_ROWS, _ENTRIES, _STOPS = 64, 64, 8  # of the table to begin with; each doubles as needed
+
+
+class DeviceSampler:
+    """State of the running sequences' samplers, by slot."""
+
+    def __init__(self, vocab: int, device: torch.device):
+        self._vocab = vocab
+        self._device = device
+        self._table = Penalties.empty(_ROWS, _ENTRIES, _STOPS, device)
+        self._workspace = Workspace.make(_ROWS, vocab, device)
+        self._params: dict[int, tuple[SamplingParams, int, bool]] = {}  # with the choice; whether touched
+        self.last = torch.zeros(_ROWS, dtype=torch.int32, device=device)  # each slot's newest token
+
+    def start(self, start: SequenceStart) -> None:
+        """Give a slot its sequence. Checked already: tokens lie inside the vocabulary."""
+        params = start.params
+        prompt, reply = start.tokens[: start.prompt_length], start.tokens[start.prompt_length :]
+        penalised = (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+        bias: dict[int, float] = {}
+        for token, value in params.logit_bias:
+            bias[token] = bias.get(token, 0.0) + value
+        in_text = set(prompt) if params.repetition_penalty != 1.0 else set()
+        counts: dict[int, int] = {}
+        for token in reply if penalised else ():
+            counts[token] = counts.get(token, 0) + 1
+        ids = sorted(bias.keys() | in_text | counts.keys())
+        missing = max(0, params.min_tokens - len(reply)) if start.stop_ids else 0
+        left = min(self._vocab, (params.max_tokens or 0) - len(reply)) if penalised else 0
+        self._grow(start.slot + 1, len(ids) + max(0, left), len(start.stop_ids))
+        self._params[start.slot] = params, start.choice, bool(ids or penalised or missing)
+        row: dict[str, list] = {
+            "ids": ids,
+            "bias": [bias.get(token, 0.0) for token in ids],
+            "in_text": [token in in_text or token in counts for token in ids],
+            "counts": [counts.get(token, 0) for token in ids],
+            "stop_ids": list(start.stop_ids),
+        }
+        for name, values in row.items():
+            whole = getattr(self._table, name)[start.slot]
+            whole.fill_(-1 if name in ("ids", "stop_ids") else 0)
+            whole[: len(values)] = torch.tensor(values, dtype=whole.dtype).to(self._device)
+        self._table.repetition[start.slot] = params.repetition_penalty
+        self._table.presence[start.slot] = params.presence_penalty
+        self._table.frequency[start.slot] = params.frequency_penalty
+        self._table.missing[start.slot] = missing
+
+    def sample(
+        self, logits: torch.Tensor, slots: list[int], positions: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens int32 [M] for rows of logits fp32 [M, V] of `slots`, to stand at `positions`; each becomes
+        its slot's newest. With them fp32 [M] raw logprobs, where any of the slots asks for such. A token of
+        -1: the row held no number to choose by."""
+        chosen = [self._params[slot] for slot in slots]
+        if len(slots) > len(self._workspace.peaks):
+            self._workspace = Workspace.make(1 << len(slots).bit_length(), self._vocab, self._device)
+
+        def column(values: list, dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+
+        settings = Settings(
+            column([p.temperature for p, _, _ in chosen], torch.float64),
+            column([p.top_k for p, _, _ in chosen], torch.int32),
+            column([p.top_p for p, _, _ in chosen], torch.float64),
+            column([p.min_p for p, _, _ in chosen], torch.float64),
+            column([_signed(p.seed or 0) for p, _, _ in chosen], torch.int64),
+            column(positions, torch.int64),
+            column([choice for _, choice, _ in chosen], torch.int32),
+        )
+        tokens = torch.empty(len(slots), dtype=torch.int32, device=self._device)
+        logprobs = None
+        if any(p.logprobs is not None for p, _, _ in chosen):
+            logprobs = torch.empty(len(slots), dtype=torch.float32, device=self._device)
+        at = column(slots, torch.int64)
+        touched = any(touched for _, _, touched in chosen)
+        raw = None
+        if touched:
+            states = column([s if t else -1 for s, (_, _, t) in zip(slots, chosen, strict=True)], torch.int64)
+            raw, logits = logits, logits.clone()
+            adjust(logits, self._table, states)
+        sample(logits, settings, self._workspace, tokens, logprobs, raw)
+        if touched:
+            remember(tokens, self._table, states)
+        self.last.index_copy_(0, at, tokens)
+        return tokens, logprobs
+
+    def _grow(self, rows: int, entries: int, stops: int) -> None:
+        """Make the table hold as much, keeping what it holds."""
+        have = (len(self._table.ids), self._table.ids.shape[1], self._table.stop_ids.shape[1])
+        need = tuple(_doubled(h, n) for h, n in zip(have, (rows, entries, stops), strict=True))
+        if need == have:
+            return
+        wider = Penalties.empty(*need, self._device)
+        for field in fields(Penalties):
+            old = getattr(self._table, field.name)
+            getattr(wider, field.name)[tuple(slice(n) for n in old.shape)] = old
+        self._table = wider
+        last = torch.zeros(need[0], dtype=torch.int32, device=self._device)
+        last[: len(self.last)] = self.last
+        self.last = last
+
+
+def _doubled(have: int, need: int) -> int:
+    while have < need:
+        have *= 2
+    return have
+
+
+def _signed(seed: int) -> int:
+    """The same 64 bits as torch's int64."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
