@@ -5,18 +5,16 @@ Every failure is one line on standard error and an exit status: 1, or 2 where th
 (130 after Ctrl-C, 143 after SIGTERM before there was anything to drain). `--debug` shows the traceback.
 """
 
-import functools
-import inspect
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from runtime.commands.failures import Failed, Terminated, fail, line_and_status, terminate
+from runtime.commands.failures import Failed, explained, fail, terminate
+from runtime.commands.models import named_model
 from runtime.commands.options import (
     AsJson,
     ChatTemplate,
@@ -32,6 +30,8 @@ from runtime.commands.options import (
     MaxStepTokens,
     MinP,
     Model,
+    ModelA,
+    ModelB,
     Presence,
     Quantize,
     RayAddress,
@@ -44,8 +44,8 @@ from runtime.commands.options import (
     TopP,
     Tp,
 )
-from runtime.config import EngineConfig, ModelConfig, ParallelConfig, ServeConfig
-from runtime.errors import InvalidArgument, NotFound
+from runtime.config import EngineConfig, ParallelConfig, ServeConfig
+from runtime.errors import InvalidArgument
 from runtime.types import SamplingParams
 
 app = typer.Typer(
@@ -63,23 +63,7 @@ app = typer.Typer(
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a command and give it --debug. Errors become lines in `main`."""
-    debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
-    signature = inspect.signature(function)
-    extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=debug)
-
-    @functools.wraps(function)
-    def run(*, debug: bool, **arguments: object) -> None:
-        try:
-            function(**arguments)
-        except BrokenPipeError:  # whoever read the output has gone: typer ends quietly
-            raise
-        except (KeyboardInterrupt, Terminated, Exception) as error:
-            if debug:
-                traceback.print_exc()
-            raise Failed(*line_and_status(error)) from error
-
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])
-    return app.command(function.__name__.rstrip("_"))(run)
+    return app.command(function.__name__.rstrip("_"))(explained(function))
 
 
 @command
@@ -106,7 +90,7 @@ def inspect_(model: Model, *, dtype: Dtype = "auto", quantize: Quantize = None, 
     """Show what a model file holds, and what each rank would read at every --tp."""
     from runtime.commands.inspect import inspect
 
-    inspect(_model(model, dtype=dtype, quantize=quantize), as_json=json)
+    inspect(named_model(model, dtype=dtype, quantize=quantize), as_json=json)
 
 
 @command
@@ -136,7 +120,7 @@ def serve(
     from runtime.commands.serve import serve
 
     config = ServeConfig(
-        _model(
+        named_model(
             model,
             name=name,
             max_model_len=max_model_len,
@@ -201,7 +185,9 @@ def generate(
         logprobs=logprobs,
     )
     config = ServeConfig(
-        _model(model, max_model_len=max_model_len, dtype=dtype, quantize=quantize, template=chat_template),
+        named_model(
+            model, max_model_len=max_model_len, dtype=dtype, quantize=quantize, template=chat_template
+        ),
         EngineConfig(max_num_seqs=1),
         ParallelConfig(tp=tp, device=device, kv_memory=kv_memory),
     )
@@ -275,11 +261,54 @@ def bench(
         bench_target(target, work, as_json=json)
         return
     config = ServeConfig(
-        _model(model, dtype=dtype, quantize=quantize),
+        named_model(model, dtype=dtype, quantize=quantize),
         EngineConfig(max_num_seqs=max(1, streams)),
         ParallelConfig(tp=tp, kv_memory=kv_memory),
     )
     bench_model(config, work, local=local, ray_address=ray_address, as_json=json)
+
+
+@command
+def compare(
+    model_a: ModelA,
+    model_b: ModelB,
+    *,
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help='One prompt a line or, in a .jsonl, a string or {"text": ...} a line.',
+        ),
+    ],
+    max_tokens: Annotated[int, typer.Option(help="Length of the greedy replies; 0 is none.")] = 64,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw how KL is spread over tokens.")
+    ] = None,
+    tp: Tp = 1,
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_memory: KvMemory = None,
+    dtype: Dtype = "auto",
+    quantize_a: Quantize = None,
+    quantize_b: Quantize = None,
+    json: AsJson = False,
+) -> None:
+    """Tell two models of one vocabulary, or two quantisations of one model, apart.
+
+    On every token of the prompts: the same most likely token, KL divergence over the whole vocabulary,
+    perplexity; and where greedy replies part. One model after the other is loaded, in this process.
+    """
+    from runtime.commands.compare import Work, compare
+
+    settings = {"max_model_len": max_model_len, "dtype": dtype}
+    compare(
+        named_model(model_a, quantize=quantize_a, **settings),
+        named_model(model_b, quantize=quantize_b, **settings),
+        ParallelConfig(tp=tp, device=device, kv_memory=kv_memory),
+        Work(prompts, max_tokens, plot),
+        as_json=json,
+    )
 
 
 @command
@@ -295,22 +324,6 @@ def demo(
     from runtime.commands.demo import demo
 
     demo(model, question, tp=tp)
-
-
-def _model(source: str, *, template: Path | None = None, **settings: object) -> ModelConfig:
-    """A model's settings with what is named in them at hand: weights downloaded, template read."""
-    from runtime.commands.output import watched
-    from runtime.hub import resolve
-
-    text = None
-    if template is not None:
-        try:
-            text = template.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise NotFound("chat template", str(template), "no such file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidArgument("chat-template", f"{template} cannot be read: {error}") from None
-    return ModelConfig(str(resolve(source, quiet=not watched())), chat_template=text, **settings)
 
 
 # ---- from a command's end to an exit status -------------------------------------------------------------

@@ -1,6 +1,13 @@
 """How a command that fails says so: one line on standard error and an exit status."""
 
+import functools
+import inspect
 import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
 
 from runtime.errors import TramontaneError
 
@@ -21,6 +28,27 @@ class Terminated(BaseException):
 def terminate(*_: object) -> None:
     """A signal handler: unwind as Ctrl-C does, so that what was started is stopped."""
     raise Terminated
+
+
+def explained(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors become Failed, and that has one more option: --debug shows their traceback."""
+    debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+    signature = inspect.signature(function)
+    extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=debug)
+
+    @functools.wraps(function)
+    def run(*, debug: bool, **arguments: object) -> None:
+        try:
+            function(**arguments)
+        except BrokenPipeError:  # whoever read the output has gone: typer ends quietly
+            raise
+        except (KeyboardInterrupt, Terminated, Exception) as error:
+            if debug:
+                traceback.print_exc()
+            raise Failed(*line_and_status(error)) from error
+
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])
+    return run
 
 
 def line_and_status(error: BaseException) -> tuple[str, int]:

@@ -15,14 +15,10 @@ def _size(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        show_default=False,
-        help="A GGUF file, a folder of safetensors, hf:owner/repo/file, hf:owner/repo or pypi:name==version.",
-    ),
-]
+_SOURCES = "A GGUF file, a folder of safetensors, hf:owner/repo/file, hf:owner/repo or pypi:name==version."
+Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=_SOURCES)]
+ModelA = Annotated[str, typer.Argument(metavar="A", show_default=False, help=_SOURCES)]
+ModelB = Annotated[str, typer.Argument(metavar="B", show_default=False, help="Another, as A.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 Tp = Annotated[int, typer.Option(help="Ranks that share the model: from 1 to its units (see inspect).")]
 Local = Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")]

@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": ["MODEL", "--prompt", "--max-tokens", "--temperature", "--seed", "--tp", "--local", "--json"],
     "chat": ["--target", "--message", "--json"],
     "bench": ["MODEL", "--target", "--streams", "--json"],
+    "compare": ["A", "B", "--prompts", "--max-tokens", "--plot", "--quantize-b", "--json"],
     "demo": ["--tp"],
 }
 
