@@ -19,7 +19,7 @@ LENGTH = 100 if ON_GPU else 6
 
 @pytest.mark.parametrize("file", FILES if ON_GPU else (".f32",))
 def test_the_story_goes_as_on_a_cpu(file: str) -> None:
-    """Greedy, from BOS alone; fp16 may part from fp32 at a near tie, so a few tokens and logprobs are held."""
+    """Greedy, from BOS alone; fp16 may part from fp32 at a near tie: a few tokens and logprobs are held."""
     path = fixture_path(f"stories260K/stories260K{file}.gguf")
     shard, _ = load_shard(open_model(ModelConfig(str(path), dtype="fp32")), 0, 1)
     cpu = Runner(shard, Alone(), total_blocks=1, block_size=16, max_positions=16)
