@@ -24,6 +24,7 @@ Deliver = Callable[[Output | TramontaneError], None]
 """Takes a request's outputs, or the one error that refused it. Called on the loop's thread: never blocks."""
 
 TICK = 0.05  # seconds between looks at deadlines while something waits for one
+IDLE = 1.0  # seconds without requests after which the engine's state is checked, once
 
 
 class Ranks(Protocol):
@@ -48,6 +49,7 @@ class EngineLoop:
         self._deliver: dict[str, Deliver] = {}
         self._lost: str | None = None
         self._stopping = False
+        self._unchecked = False  # steps were taken since the engine's state was last checked
         self._open = threading.Lock()  # over _stopping: an event is posted before the stop, or refused
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self.on_lost: Callable[[str], None] = lambda detail: None
@@ -137,13 +139,19 @@ class EngineLoop:
         self._send(self._engine.tick(now))
         while self._lost is None and (plan := self._engine.plan(now)) is not None:
             self._ranks.submit(plan)
+            self._unchecked = True
 
     def _next_events(self) -> list[Callable[[], None]]:
-        """All events that have arrived; waits for one, at most a tick while requests are about."""
+        """All events that have arrived; waits for one, at most a tick while requests are about. When there
+        have been none for a while, whether every block and slot is accounted for is looked at."""
+        wait = TICK if self._deliver else IDLE if self._unchecked and self._lost is None else None
         try:
-            events = [self._events.get(timeout=TICK if self._deliver else None)]
+            events = [self._events.get(timeout=wait)]
         except queue.Empty:
-            return []
+            if self._deliver:
+                return []
+            self._unchecked = False
+            return [self._engine.check]
         while not self._events.empty():
             events.append(self._events.get())
         return events

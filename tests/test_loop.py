@@ -89,6 +89,29 @@ def ask(loop: EngineLoop, *args, **more) -> Stream:
     return stream
 
 
+@pytest.mark.parametrize("sound", [True, False])
+def test_the_engine_s_state_is_checked_when_nothing_runs(running, monkeypatch, sound):
+    """A block with an owner too many would be given away or lost: the engine must not go on."""
+    monkeypatch.setattr("runtime.loop.IDLE", 0.3)
+    loop = running(Ranks())
+    checked = queue.SimpleQueue()
+    check = loop._engine.check
+    monkeypatch.setattr(loop._engine, "check", lambda: (checked.put(None), check()))
+    lost = queue.SimpleQueue()
+    loop.on_lost = lost.put
+    ask(loop, "r", (1, 2, 3), 5).rest()
+    assert checked.empty(), "it was not idle yet"
+    if not sound:
+        loop._engine._scheduler.pool.references[0] += 1
+    checked.get(timeout=5)
+    if sound:
+        ask(loop, "again", (1, 2, 3), 5).rest()
+        checked.get(timeout=5)
+        assert lost.empty()
+    else:
+        assert "IntegrityError" in lost.get(timeout=5)
+
+
 def test_a_reply(running):
     ranks = Ranks()
     loop = running(ranks)
