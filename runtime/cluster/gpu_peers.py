@@ -1,4 +1,4 @@
-"""The exchanges of ranks on GPUs: NCCL where torch has it, else through the host.
+"""The exchanges of ranks on GPUs: symmetric memory for small payloads where there is such, NCCL for the rest.
 
 Payloads are bytes on the device. NCCL moves whole buffers of one size, so those that differ are padded; what
 is added to what stays with the caller, who adds in the tree's order: nothing is reduced here. Not verified
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from runtime.cluster.symmetric import MOST, open_symmetric
 from runtime.errors import Unavailable
 from runtime.model.communicator import Communicator
 
@@ -27,6 +28,9 @@ class GpuCommunicator:
             self._group = dist.new_group(backend=backend)
         except (RuntimeError, ValueError) as error:
             raise Unavailable(f"rank {self.rank}: {backend} does not start: {_line(error)}") from None
+        self._small = None
+        if self._device.type == "cuda":
+            self._small = open_symmetric(self._group, self._device, self.rank)
 
     def close(self) -> None:
         close = getattr(self._host, "close", None)
@@ -35,6 +39,8 @@ class GpuCommunicator:
 
     def all_gather(self, mine: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
         widest = max(1, *sizes)
+        if self._small is not None and widest <= MOST:
+            return self._small.all_gather(mine, sizes)
         parts = [torch.empty(widest, dtype=torch.uint8, device=self._device) for _ in sizes]
         self._call(dist.all_gather, parts, self._padded(mine, widest))
         return [part[:size] for part, size in zip(parts, sizes, strict=True)]
