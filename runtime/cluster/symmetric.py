@@ -1,8 +1,8 @@
-"""Small exchanges between GPUs of one host through torch's symmetric memory: each rank reads its peers' buffers.
+"""Small exchanges between GPUs of one host through torch's symmetric memory: a rank reads its peers' buffers.
 
-One barrier before and one after, both on the device, and no reduction: what arrives is added by the caller, in
-the tree's order. Not verified on several GPUs yet; `open_symmetric` tries an exchange and declines if anything
-about it is not as it should be.
+One barrier before and one after, both on the device, and no reduction: what arrives is added by the caller,
+in the tree's order. Not verified on several GPUs yet; `open_symmetric` tries an exchange and declines if
+anything about it is not as it should be.
 """
 
 from __future__ import annotations
