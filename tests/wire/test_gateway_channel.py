@@ -14,11 +14,11 @@ import pytest
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.errors import InvalidArgument, QueueFull, Unavailable
 from runtime.local import LocalEngine
-from runtime.types import Finished, FinishReason, Request, SamplingParams, TokenOutput
+from runtime.types import Branch, Finished, FinishReason, Request, SamplingParams, TokenOutput
 from runtime.wire.connection import LENGTH, Connection, Listener
 from runtime.wire.gateway_channel import EngineChannel, serve_gateway
 from runtime.wire.messages import Abort, Hello, encode
-from tests.replies import ask, ask_all, greedy
+from tests.replies import ask, ask_all, ask_choices, greedy
 
 TOKEN = "a secret"
 
@@ -99,6 +99,61 @@ def test_streams_are_what_the_engine_says(served):
     ]
     local = asyncio.run(ask_all(served.engine.client, requests))
     assert run(served, lambda channel: ask_all(channel, requests)) == local
+
+
+def test_choices_and_what_goes_on_are_what_the_engine_says(served):
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=3, logprobs=1)
+    whole = Request("whole", tuple(range(5, 45)), params, branches=tuple(map(Branch, range(3))))
+    local = asyncio.run(ask_choices(served.engine.client, whole))
+    again = replace(
+        whole,
+        request_id="again",
+        branches=(Branch(0, local[0][0].tokens[:5]), Branch(2), Branch(1, local[1][0].tokens[:1])),
+    )
+
+    async def body(channel):
+        return await ask_choices(channel, whole), await ask_choices(channel, again)
+
+    replies, rest = run(served, body)
+    assert [reply for reply, _ in replies] == [reply for reply, _ in local]
+    assert [reply.tokens for reply, _ in rest] == [
+        local[0][0].tokens[5:],
+        local[2][0].tokens,
+        local[1][0].tokens[1:],
+    ]
+    served.healthy()
+
+
+def test_one_choice_is_stopped_alone(served):
+    request = replace(long("r"), branches=(Branch(0), Branch(1)))
+
+    async def body(channel):
+        ends = {}
+        stopped = False
+        async for output in channel.generate(request):
+            if isinstance(output, Finished):
+                ends[output.choice] = output
+                if output.choice == 1:
+                    await channel.stop_at("r", 5, 0)
+            elif output.index == 6 and not stopped and output.choice == 1:
+                stopped = True
+                await channel.stop_at("r", 3, 1)
+        assert [(ends[c].completion_tokens, ends[c].last) for c in (1, 0)] == [(3, False), (5, True)]
+
+    run(served, body)
+    served.healthy()
+
+
+def test_scores_are_what_the_engine_says(served):
+    request = Request("s", tuple(range(5, 165)), SamplingParams(temperature=0.0, logprobs=2), scores=True)
+
+    async def scores(client):
+        return [output async for output in client.generate(request)]
+
+    local = asyncio.run(scores(served.engine.client))
+    assert sum(len(output.scores) for output in local[:-1]) == 159
+    assert run(served, scores) == local
+    served.healthy()
 
 
 def test_info_and_load(served):
