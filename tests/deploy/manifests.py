@@ -45,9 +45,10 @@ def rendered_text(folder: str) -> str:
     return done.stdout
 
 
+@functools.cache
 def documents(folder: str) -> list[dict]:
-    """What a kustomization renders to; a copy of one's own."""
-    return list(yaml.safe_load_all(rendered_text(folder)))
+    """What a kustomization renders to. Shared: to be read, not changed."""
+    return list(yaml.load_all(rendered_text(folder), Loader=yaml.CSafeLoader))
 
 
 def of_kind(folder: str, *kinds: str) -> list[dict]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
+import yaml
 
 from tests.deploy.manifests import KUBERNETES, RENDERED, documents, rendered_text
 from tests.deploy.schemas import VERSIONS, errors, typos
@@ -22,8 +24,6 @@ def test_all_are_rendered():
     used = set()
 
     def visit(folder):
-        import yaml
-
         used.add(folder)
         file = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
         for name in [*file.get("resources", []), *file.get("components", [])]:
@@ -72,7 +72,7 @@ def test_a_misspelt_field_is_caught(folder):
 )
 def test_a_wrong_value_is_caught(kind, path, value):
     """Among them what KubeRay's users stumble on: parameters of `ray start` are strings."""
-    document = next(document for document in documents("overlays/dev-cpu") if document["kind"] == kind)
+    document = copy.deepcopy(next(each for each in documents("overlays/dev-cpu") if each["kind"] == kind))
     holder = document
     for step in path[:-1]:
         holder = holder[step]
