@@ -1,6 +1,6 @@
 """The client of Tramontane's gRPC API. Start at `Client` or `AsyncClient`; the contract is in v1/*.proto."""
 
-from tramontane.client import AsyncClient, AsyncStream, Client, Stream
+from tramontane.client import AsyncClient, Client
 from tramontane.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -10,6 +10,7 @@ from tramontane.errors import (
     Overloaded,
     Unavailable,
 )
+from tramontane.streams import AsyncStream, Stream
 from tramontane.types import (
     Candidate,
     Choice,
