@@ -21,14 +21,17 @@ BLOCK = 16
 Reply = tuple[tuple[int, float, tuple], ...]
 
 
-def opened(path: str | Path) -> OpenModel:
-    return open_model(ModelConfig(str(path)), "cuda")
+def opened(path: Path) -> OpenModel:
+    """Folders of dense weights are quantised on load."""
+    return open_model(ModelConfig(str(path), quantize="int4" if path.is_dir() else None), "cuda")
 
 
 def runner(model: OpenModel, positions: int, sequences: int, comm: Communicator | None = None, **settings):
     comm = comm or Alone()
     run = rank_units(len(model.units), comm.size)[comm.rank]
-    loader = load(model.checkpoint, shard_slices(model.spec, model.units, run), threads=1)
+    loader = load(
+        model.checkpoint, shard_slices(model.spec, model.units, run), threads=1, quantize=model.quantize
+    )
     shard = build_gpu_shard(model.spec, model.units, run, loader, device=DEVICE)
     most = -(-positions // BLOCK)
     return GpuRunner(

@@ -10,11 +10,11 @@ import torch
 from kernels.gpu.embedding import embed
 from runtime.weights.blocks import SPECS
 from runtime.weights.formats import TensorType
-from runtime.weights.planar import Planar, from_gguf_bytes
+from runtime.weights.planar import Planar
 from runtime.weights.quantize import quantize_int4
 from tests.gpu.device import DEVICE
 from tests.gpu.test_norm import drawn, poisoned
-from tests.weights.test_planar import random_rows
+from tests.gpu.weights import random_planar
 
 TYPES = [*map(str, SPECS), "INT4"]
 ROWS = 11
@@ -25,8 +25,7 @@ def table_of(type: str, cols: int) -> Planar:
         return packed(quantize_int4(drawn(ROWS, cols).clamp(-1000, 1000).cpu()))
     spec = TensorType(type)
     blocks = -(-cols // spec.block)
-    raw = random_rows(spec, ROWS, blocks, seed=5)
-    return packed(from_gguf_bytes(raw, spec, ROWS, blocks * spec.block, 0, cols))
+    return packed(random_planar(type, ROWS, blocks * spec.block, seed=5).select_cols(0, cols))
 
 
 def packed(table: Planar) -> Planar:
