@@ -192,10 +192,10 @@ def paged_attention(
     for call, tile in zip(calls, buffers, strict=True):
         tiles, length = call.mask.shape[0], call.mask.shape[3]
         if isinstance(call.blocks, slice):
-            kv = cache[call.blocks].view(1, length, 2, kv_heads, dim)
+            kv = cache[call.blocks]
         else:
-            kv = cache.index_select(0, call.blocks.view(-1)).view(-1, length, 2, kv_heads, dim)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+            kv = cache.index_select(0, call.blocks.view(-1))
+        k, v = kv.view(-1, length, 2, kv_heads, dim).permute(2, 0, 3, 1, 4).unbind(0)
         if split > 1:
             k, v = (t.repeat_interleave(split, dim=1) for t in (k, v))
         if k.shape[0] != tiles:
@@ -209,6 +209,10 @@ def paged_attention(
                 wanted.view(tiles, call.tokens, lanes, packed, dim).transpose(1, 2)
             )
         y = torch.nn.functional.scaled_dot_product_attention(tile, k, v, attn_mask=call.mask, scale=scale)
+        if call.query is None and call.tokens == 1:
+            y = y[:, :, :used].view(tiles, parts, -1, used, dim).transpose(0, 1)
+            out.view(y.shape).copy_(y)
+            continue
         # [parts, tiles, tokens, lanes of a part, packed, D], as the rows of `out` want it
         y = y[:, :, :used].unflatten(2, (call.tokens, packed)).unflatten(1, (parts, -1))
         y = y.permute(1, 0, 3, 2, 4, 5)

@@ -83,11 +83,6 @@ class Fp32Weight:
 Weight = Int4Tiles | Int4Weight | Bf16Weight | Fp32Weight
 
 
-def int4_operator() -> str:
-    """The name of what serves int4 weights here: two of them differ in bits."""
-    return "int4-amx" if machine.supported() else "int4"
-
-
 def int4_takes(out_features: int, in_features: int, group: int) -> bool:
     """Whether the int4 operator takes this shape: N of 16, K of 32 and of the group."""
     return (
@@ -184,10 +179,10 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
 
-def linear_parts(x: torch.Tensor, weights: Sequence[Weight]) -> Sequence[torch.Tensor]:
-    """x [parts, M, K] by a weight each, as `stack` returns them -> parts times [M, N]."""
+def linear_parts(x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor | Sequence[torch.Tensor]:
+    """x [parts, M, K] by a weight each, as `stack` returns them -> [parts, M, N], or its parts."""
     if len(weights) < x.shape[0]:
-        return _int4_tiles(x, weights[0]).unbind(0)
+        return _int4_tiles(x, weights[0])
     return [linear(part, weight) for part, weight in zip(x, weights, strict=True)]
 
 

@@ -142,6 +142,10 @@ class Function:
         """a * b + c, rounded once."""
         return self.emit(FLOATS, f"call {FLOATS} @llvm.fma.v16f32({FLOATS} {a}, {FLOATS} {b}, {FLOATS} {c})")
 
+    def floats(self, operation: str, a: Value, b: Value) -> Value:
+        """fadd, fmul, fdiv and so on of fp32 lanes, rounded."""
+        return self.emit(FLOATS, f"{operation} {FLOATS} {a}, {b}")
+
     def prefetch(self, address: Value) -> None:
         """Bring a line into the cache, if there is such an address."""
         self.line(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 3, i32 1)")
@@ -169,6 +173,7 @@ def constant(kind: str, values: Sequence[float]) -> str:
 _INTRINSICS = f"""
 declare i64 @llvm.smin.i64(i64, i64)
 declare {FLOATS} @llvm.fma.v16f32({FLOATS}, {FLOATS}, {FLOATS})
+declare {FLOATS} @llvm.sqrt.v16f32({FLOATS})
 declare {WORDS} @llvm.x86.avx512.permvar.hi.512({WORDS}, {WORDS})
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare void @llvm.x86.ldtilecfg(ptr)

@@ -54,13 +54,13 @@ class Code:
 
     def __init__(self, address: int, memory: mmap.mmap):
         self._memory = memory  # keeps the code alive
-        self._address = ctypes.c_void_p(address)
+        self._address = address
         self._parallel, self.thread_number, self.thread_count = _threads()
 
-    def __call__(self, *arguments: int) -> None:
-        """`arguments`, 64 bits each, are what the function's argument points to."""
-        block = (ctypes.c_int64 * len(arguments))(*arguments)
-        self._parallel(self._address, block, torch.get_num_threads(), 0)
+    def __call__(self, *arguments: int, threads: int | None = None) -> None:
+        """`arguments`, 64 bits each, are what the function's argument points to; `threads`: on so many."""
+        block = struct.pack(f"={len(arguments)}q", *arguments)
+        self._parallel(self._address, block, threads or torch.get_num_threads(), 0)
 
 
 @cache
@@ -69,7 +69,7 @@ def _threads():
     addresses of the two functions by which a thread learns its number and their count."""
     library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
     parallel = library.GOMP_parallel
-    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
     number, count = (
         ctypes.cast(function, ctypes.c_void_p).value

@@ -17,14 +17,17 @@ from kernels.attention import AttentionCall, paged_attention, tile_buffers
 from kernels.embedding import rows
 from kernels.head import head_logits
 from kernels.linear import TILE, Bf16Weight, Fp32Weight, linear, linear_parts
-from kernels.norm import rms_norm
-from kernels.rope import rope_
+from kernels.norm import add_norm, rms_norm
+from kernels.rope import rotate_and_store
 from runtime.model.communicator import Communicator
 from runtime.model.packing import Columns
 from runtime.model.reduce import UnitSum
-from runtime.model.shard import Shard
+from runtime.model.shard import Layer, Shard
 from runtime.model.spec import ModelSpec
 from runtime.model.units import rank_units
+
+# Of the units held here: [units, M, H] or [M, H] each; or by unit, where some have none.
+Partials = torch.Tensor | Sequence[torch.Tensor] | dict[int, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class Forward:
         """cache [layers, blocks, block_size, 2, KV heads held, D], zero where never written."""
         self.shard = shard
         self.cache = cache
+        self.layer_caches = list(cache)  # [blocks, block_size, 2, KV heads, D] each
+        self.cache_rows = [layer.view(-1, layer[0, 0].numel()) for layer in self.layer_caches]
         self.comm = comm
         spec = shard.spec
         self.cos, self.sin = rope_table(spec, shard.rope_factors, max_positions)
@@ -90,33 +95,30 @@ class Forward:
         sampled rows."""
         shard, spec = self.shard, self.shard.spec
         m = batch.tokens.shape[0]
-        # Rows up to whole tiles; those past m stay 0.
-        residual = torch.zeros(-(-m // TILE) * TILE, spec.hidden)
-        x = residual[:m]
-        x.copy_(self._embed(batch.tokens))
+        if not 0 <= batch.cache_rows.min() <= batch.cache_rows.max() < self.cache_rows[0].shape[0]:
+            raise ValueError(f"a plan names KV blocks outside the {self.cache.shape[1]} there are")
+        x = self._embed(batch.tokens)
         cos = self.cos.index_select(0, batch.positions)
         sin = self.sin.index_select(0, batch.positions)
-        first, units = shard.run[0], shard.run[1] - shard.run[0]
+        units = shard.run[1] - shard.run[0]
         q_shape = (m, self.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
         buffers = tile_buffers(batch.calls, q_shape, shard.dtype)
         attended = torch.empty(units, m, self.heads * spec.head_dim // units, dtype=shard.dtype)
+        ffn_rows = -(-m // TILE) * TILE if self.pads_ffn else m
+        h = rms_norm(x, shard.layers[0].attention_norm, spec.norm_eps, shard.dtype)
         for index, layer in enumerate(shard.layers):
-            h = rms_norm(x, layer.attention_norm, spec.norm_eps, shard.dtype)
             qkv = columns(h, layer.qkv)
-            self._rotate_and_store(qkv, index, cos, sin, batch)
+            rotate_and_store(
+                qkv, cos, sin, self.heads, self.kv_heads, self.cache_rows[index], batch.cache_rows
+            )
             q = qkv[:, : self.heads * spec.head_dim].view(q_shape)
-            paged_attention(q, self.cache[index], batch.calls, buffers, self.scale, attended)
-            partials = dict(enumerate(linear_parts(attended, layer.attention_output), start=first))
-            x += self.sum_attention(partials, m, spec.hidden)
-            h = rms_norm(residual if self.pads_ffn else x, layer.ffn_norm, spec.norm_eps, shard.dtype)
-            partials = {}
-            for ffn in layer.ffn:
-                y = columns(h, ffn.gate_up)[:m]
-                pair = y.view(m, -1, 2, ffn.width).transpose(0, 1)
-                inner = torch.empty(pair.shape[0], m, ffn.width, dtype=shard.dtype)
-                silu_mul(pair[:, :, 0], pair[:, :, 1], out=inner)
-                partials |= enumerate(linear_parts(inner, ffn.down), start=first + ffn.units[0])
-            x += self.sum_ffn(partials, m, spec.hidden)
+            paged_attention(q, self.layer_caches[index], batch.calls, buffers, self.scale, attended)
+            partials = linear_parts(attended, layer.attention_output)
+            h = self._take_up(x, self.sum_attention, partials, layer.ffn_norm, ffn_rows)
+            partials = self._feed_forward(h, layer, m)
+            if index + 1 < len(shard.layers):
+                h = self._take_up(x, self.sum_ffn, partials, shard.layers[index + 1].attention_norm, m)
+        x += self.sum_ffn(self._by_unit(partials), m, spec.hidden)
         return rms_norm(x.index_select(0, batch.sampled), shard.output_norm, spec.norm_eps, torch.float32)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -136,14 +138,35 @@ class Forward:
         parts = [g.view(torch.float32).view(rows_, -1) for g in gathered]
         return torch.cat(parts, dim=1)
 
-    def _rotate_and_store(
-        self, qkv: torch.Tensor, index: int, cos: torch.Tensor, sin: torch.Tensor, batch: Batch
-    ) -> None:
-        """Turn q and k, which stand first in `qkv`, by their positions, and write k and v to the cache."""
-        d = self.shard.spec.head_dim
-        rope_(qkv[:, : (self.heads + self.kv_heads) * d].view(qkv.shape[0], -1, d), cos, sin)
-        rows_of_layer = self.cache[index].view(-1, 2 * self.kv_heads * d)
-        rows_of_layer.index_copy_(0, batch.cache_rows, qkv[:, self.heads * d :])
+    def _take_up(
+        self, x: torch.Tensor, unit_sum: UnitSum, partials: Partials, norm: torch.Tensor, rows_: int
+    ) -> torch.Tensor:
+        """x [M, H] += the sum of `partials` over all units -> x normalised, zero rows up to `rows_`."""
+        m, hidden = x.shape
+        if self.comm.size == 1 and isinstance(partials, torch.Tensor):
+            order = unit_sum.order
+        else:
+            partials, order = unit_sum(self._by_unit(partials), m, hidden)[None], ()
+        make = torch.empty if rows_ == m else torch.zeros
+        h = make(rows_, hidden, dtype=self.shard.dtype)
+        add_norm(x, partials, order, norm, self.shard.spec.norm_eps, h[:m])
+        return h
+
+    def _feed_forward(self, h: torch.Tensor, layer: Layer, m: int) -> Partials:
+        """Partial results of the FFN; rows of h past `m` are padding."""
+        partials: dict[int, torch.Tensor] = {}
+        for ffn in layer.ffn:
+            pair = columns(h, ffn.gate_up)[:m].view(m, -1, 2, ffn.width).transpose(0, 1)
+            inner = torch.empty(pair.shape[0], m, ffn.width, dtype=self.shard.dtype)
+            silu_mul(pair[:, :, 0], pair[:, :, 1], out=inner)
+            outputs = linear_parts(inner, ffn.down)
+            if len(outputs) == self.shard.run[1] - self.shard.run[0]:
+                return outputs
+            partials |= enumerate(outputs, start=self.shard.run[0] + ffn.units[0])
+        return partials
+
+    def _by_unit(self, partials: Partials) -> dict[int, torch.Tensor]:
+        return partials if isinstance(partials, dict) else dict(enumerate(partials, start=self.shard.run[0]))
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """fp32 [M, H]. A rank looks up the tokens of its share of the vocabulary; ranks swap the rows."""

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 
 import kernels
-from kernels.linear import int4_operator
+from kernels.native import machine
 
 _HASHED = ("model", "sampling", "weights")
 
 
 def numerics_name(*, dtype: torch.dtype, dense: frozenset[str], units: int, quantize: str | None) -> str:
-    """For example `cpu.avx512-amx/torch2.13.0/5f0c9a1d/bf16.kv-bf16.int4-amx+down/u3`: weights in int4, by
-    this operator, where it takes them, but for the roles named after the `+`, which are bf16."""
+    """For example `cpu.avx512-amx.native/torch2.13.0/5f0c9a1d/bf16.kv-bf16.int4+down/u3`: `kernels.native`
+    serves; weights in int4 where it takes them, but for the roles named after the `+`, which are bf16."""
     kind = "bf16" if dtype == torch.bfloat16 else "fp32"
-    weights = "fp32" if kind == "fp32" else "+".join([int4_operator(), *sorted(dense)])
+    weights = "fp32" if kind == "fp32" else "+".join(["int4", *sorted(dense)])
     if quantize:
         weights += f".{quantize}"
     version = torch.__version__.split("+")[0]
@@ -32,7 +32,8 @@ def numerics_name(*, dtype: torch.dtype, dense: frozenset[str], units: int, quan
 
 def _instruction_set() -> str:
     level = torch.backends.cpu.get_cpu_capability().lower()
-    return level + ("-amx" if torch.cpu._is_amx_tile_supported() else "")
+    amx = "-amx" if torch.cpu._is_amx_tile_supported() else ""
+    return level + amx + (".native" if machine.supported() else "")
 
 
 @cache

@@ -46,6 +46,8 @@ class UnitSum:
         self._order: list[tuple[int, int]] = []
         leaves = {(u, u + 1): None if empty[u] else u for u in range(units)}
         self._first = [fold(leaves, span, self._note) for span in self.spans[comm.rank]]
+        # The folds where one rank holds all units and none is empty: they leave the sum in unit 0.
+        self.order = tuple(self._order)
         self._full_missing = {
             span: None for run in runs for span in subtrees(run, units) if all(empty[span[0] : span[1]])
         }

@@ -8,8 +8,8 @@ import torch
 from kernels.embedding import RowTable, rows
 from kernels.head import RESCORED, HeadShare, copied_share, head_logits, head_share
 from kernels.native import machine
-from kernels.norm import rms_norm
-from kernels.rope import rope_
+from kernels.norm import add_norm, rms_norm
+from kernels.rope import rope_, rotate_and_store
 from tests.bits import random, same_bits, torch_threads
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -86,6 +86,55 @@ def test_rope(dtype, heads, dim):
     rope_(wide[:, : heads * dim].view(m, heads, dim), cos, sin)
     assert same_bits(wide[:, : heads * dim].reshape(m, heads, dim), alone)
     assert (wide[:, heads * dim :] == 0).all()
+
+
+@pytest.mark.parametrize("width", [48, 100, 576, 4096])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("order", [(), ((0, 1), (0, 2)), ((0, 1), (2, 3), (0, 2), (4, 5), (4, 6), (0, 4))])
+def test_add_norm_is_its_parts(width, dtype, order):
+    """The sum in the order that is given, in fp32, then the norm: bit for bit, however many rows."""
+    m = 33
+    count = 1 + max((other for _, other in order), default=0)
+    x, weight, parts = random(1, m, width), random(2, width), random(3, count, m, width).to(dtype)
+    leaves = list(parts.float())
+    for into, other in order:
+        leaves[into] = leaves[into] + leaves[other]
+    want = x + leaves[0]
+    for threads in (1, 2, 4):
+        with torch_threads(threads):
+            for n in (1, 2, m):
+                got, normal = x[m - n :].clone(), torch.empty(n, width, dtype=BF16)
+                add_norm(got, parts[:, m - n :], order, weight, 1e-5, normal)
+                assert same_bits(got, want[m - n :])
+                assert same_bits(normal, rms_norm(want[m - n :], weight, 1e-5, BF16))
+                got = x[m - n :].clone()
+                add_norm(got, list(parts[:, m - n :]), order, weight, 1e-5, normal)
+                assert same_bits(got, want[m - n :])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 32), (2, 1, 128), (3, 1, 8)])
+def test_rotate_and_store_is_rope_and_a_copy(dtype, heads, kv_heads, dim):
+    m = 33
+    wide = random(1, m, (heads + 2 * kv_heads) * dim + 5, dtype=dtype)
+    angles = random(2, m, 1, dim // 2) * 100
+    cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    places = torch.randperm(50, generator=torch.Generator().manual_seed(3))[:m]
+    turned = (heads + kv_heads) * dim
+    want = wide[:, :-5].clone()
+    with torch_threads(1):
+        for i in range(m):
+            rope_(want[i : i + 1, :turned].view(1, -1, dim), cos[i : i + 1], sin[i : i + 1])
+    kept = torch.zeros(50, 2 * kv_heads * dim, dtype=dtype)
+    kept[places] = want[:, heads * dim :]
+    for threads in (1, 2, 4):
+        with torch_threads(threads):
+            for n in (1, m):
+                got, cache = wide[:n].clone(), torch.zeros_like(kept)
+                rotate_and_store(got[:, :-5], cos[:n], sin[:n], heads, kv_heads, cache, places[:n])
+                assert same_bits(got[:, :-5], want[:n]) and same_bits(got[:, -5:], wide[:n, -5:])
+                assert same_bits(cache[places[:n]], kept[places[:n]])
+                assert cache.count_nonzero() == kept[places[:n]].count_nonzero()
 
 
 def quantised_table(v: int, k: int, group: int, *, offsets: bool = True) -> tuple[RowTable, torch.Tensor]:
