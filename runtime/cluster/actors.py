@@ -54,7 +54,7 @@ class RankActor:
         return self._listener.address
 
     def load(
-        self, model: ModelConfig, engine: EngineConfig, parallel: ParallelConfig, addresses: list, store: str
+        self, model: ModelConfig, engine: EngineConfig, parallel: ParallelConfig, addresses: list
     ) -> RankReport:
         """Meet the other ranks and load this one's share of the weights."""
         from runtime.capacity import kv_blocks
@@ -69,7 +69,7 @@ class RankActor:
         config = room() if opened.device == "cpu" else None  # on a GPU once the weights have taken theirs
         self._comm = Alone()
         if self._tp > 1:
-            self._comm = SocketCommunicator(self._rank, addresses, self._listener, self._token, store)
+            self._comm = SocketCommunicator(self._rank, addresses, self._listener, self._token)
             if opened.device == "cuda":
                 self._comm = GpuCommunicator(self._comm)
         self._shard, read = load_shard(opened, self._rank, self._tp)

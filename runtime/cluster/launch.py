@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -54,7 +52,7 @@ class Cluster:
         self._group = None
         self._engine = None
         self._ranks: list = []
-        self._folder = tempfile.mkdtemp(prefix="tramontane-")
+        self._runs: list[ray.ObjectRef] = []
         self._token = secrets.token_hex(32)
         try:
             say("starting Ray" if ray_address is None else f"joining Ray at {ray_address}")
@@ -107,16 +105,17 @@ class Cluster:
             if self._engine is not None:
                 with contextlib.suppress(ray.exceptions.RayError):  # gone already is what was wanted
                     ray.get(self._engine.stop.remote(), timeout=5)
+                    if self._runs:  # ranks that leave by themselves take their files along
+                        ray.wait(self._runs, num_returns=len(self._runs), timeout=2)
             for actor in [*self._ranks, self._engine]:
                 if actor is not None:
                     ray.kill(actor, no_restart=True)
             if self._group is not None:
                 remove_placement_group(self._group)
-        self._ranks, self._engine, self._group = [], None, None
+        self._ranks, self._runs, self._engine, self._group = [], [], None, None
         if self._started_ray:
             ray.shutdown()
             self._started_ray = False
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Cluster:
         return self
@@ -166,10 +165,8 @@ class Cluster:
 
     def _load(self, config: ServeConfig) -> list[RankReport]:
         addresses = ray.get([rank.address.remote() for rank in self._ranks])
-        store = os.path.join(self._folder, "gloo")
         loads = [
-            rank.load.remote(config.model, config.engine, config.parallel, addresses, store)
-            for rank in self._ranks
+            rank.load.remote(config.model, config.engine, config.parallel, addresses) for rank in self._ranks
         ]
         reports: dict[ray.ObjectRef, RankReport] = {}
         pending = loads

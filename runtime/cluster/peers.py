@@ -7,7 +7,9 @@ processes of one host take about a tenth of what gloo takes; from a quarter of a
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,14 +61,13 @@ class PeerListener:
 class SocketCommunicator:
     """A `Communicator` whose ranks are processes, each connected to each."""
 
-    def __init__(
-        self, rank: int, addresses: Sequence[PeerAddress], listener: PeerListener, token: str, store: str
-    ):
-        """Connect the mesh: a rank dials those below it. `store` is a file all ranks of the host see,
-        where gloo's ends meet."""
+    def __init__(self, rank: int, addresses: Sequence[PeerAddress], listener: PeerListener, token: str):
+        """Connect the mesh: a rank dials those below it. gloo's ends meet in a file of rank 0's, since a
+        group's ranks share a host."""
         self.rank = rank
         self.size = len(addresses)
         self._socks: dict[int, socket.socket] = {}
+        self._folder: str | None = None
         try:
             for peer in range(rank):
                 address = addresses[peer]
@@ -79,7 +80,7 @@ class SocketCommunicator:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo listens there and nowhere else
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(store, self.size),
+            store=dist.FileStore(self._meeting_place(), self.size),
             rank=rank,
             world_size=self.size,
             timeout=timedelta(seconds=JOIN_SECONDS),
@@ -90,6 +91,20 @@ class SocketCommunicator:
             sock.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _meeting_place(self) -> str:
+        """A file's path: rank 0 makes its folder and tells the others."""
+        if self.rank == 0:
+            self._folder = tempfile.mkdtemp(prefix="tramontane-")
+            path = os.path.join(self._folder, "gloo").encode()
+            for peer in range(1, self.size):
+                self._send(peer, torch.tensor([len(path)]).view(torch.uint8))
+                self._send(peer, torch.tensor(list(path), dtype=torch.uint8))
+            return path.decode()
+        size = int(self._receive(0, 8).view(torch.int64))
+        return bytes(self._receive(0, size).tolist()).decode()
 
     def all_gather(self, mine: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
         return self._swap([mine] * self.size, sizes)

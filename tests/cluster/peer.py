@@ -1,6 +1,6 @@
 """A rank's process for the tests of exchanges: joins its peers, exchanges what it is told, says what it saw.
 
-    python -m tests.cluster.peer RANK SIZE TOKEN STORE SCRIPT
+    python -m tests.cluster.peer RANK SIZE TOKEN SCRIPT
 
 Prints its address as one line of JSON, reads all addresses as one line, runs the script, prints "done" or
 the error. Scripts are the functions below.
@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -33,14 +34,14 @@ def expect(got: torch.Tensor, size: int, *key: int) -> None:
         raise AssertionError(f"{key}: {size} bytes did not come as they were sent")
 
 
-def exchange(comm: SocketCommunicator) -> None:
+def exchange(comm: SocketCommunicator, of: Sequence[int] = SIZES, rounds: int = 40) -> None:
     """All four operations, in every size and in sizes that differ from rank to rank, many times over."""
     rank, size, ranks = comm.rank, comm.size, range(comm.size)
-    mixes = [[n] * size for n in SIZES]
+    mixes = [[n] * size for n in of]
     chosen = torch.Generator().manual_seed(5)
-    for _ in range(40):
-        picks = torch.randint(0, len(SIZES), (size,), generator=chosen).tolist()
-        mixes.append([SIZES[pick] for pick in picks])
+    for _ in range(rounds):
+        picks = torch.randint(0, len(of), (size,), generator=chosen).tolist()
+        mixes.append([of[pick] for pick in picks])
     for turn, sizes in enumerate(mixes):
         got = comm.all_gather(payload(sizes[rank], turn, rank), sizes)
         for peer in ranks:
@@ -84,7 +85,7 @@ def by_torch(script: Callable[[SocketCommunicator], None]) -> Callable[[SocketCo
 
 SCRIPTS = {
     "exchange": exchange,
-    "exchange by torch": by_torch(exchange),
+    "exchange by torch": by_torch(partial(exchange, of=SIZES[:6], rounds=8)),
     "lose large by torch": by_torch(lose(1 << 20)),
     "lose small": lose(1000),
     "lose middle": lose(100_000),
@@ -93,13 +94,13 @@ SCRIPTS = {
 
 
 def main() -> None:
-    rank, size, token, store, script = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]
+    rank, size, token, script = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
     torch.set_num_threads(1)
     listener = PeerListener("127.0.0.1", token)
     print(json.dumps([listener.address.host, listener.address.port]), flush=True)
     addresses = [PeerAddress(*address) for address in json.loads(sys.stdin.readline())]
     assert len(addresses) == size
-    comm = SocketCommunicator(rank, addresses, listener, token, store)
+    comm = SocketCommunicator(rank, addresses, listener, token)
     try:
         SCRIPTS[script](comm)
         print("done", flush=True)

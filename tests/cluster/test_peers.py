@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.support import REPOSITORY
 
 
-def run(ranks: int, script: str, folder: Path, limit: float = 90) -> list[list[str]]:
+def run(ranks: int, script: str, limit: float = 90) -> list[list[str]]:
     """Lines that each rank printed after its address."""
     processes = [
         subprocess.Popen(
@@ -23,7 +22,6 @@ def run(ranks: int, script: str, folder: Path, limit: float = 90) -> list[list[s
                 str(rank),
                 str(ranks),
                 "t",
-                str(folder / "store"),
                 script,
             ],
             stdin=subprocess.PIPE,
@@ -52,17 +50,17 @@ def run(ranks: int, script: str, folder: Path, limit: float = 90) -> list[list[s
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_every_size_arrives_whole(ranks, tmp_path):
-    assert run(ranks, "exchange", tmp_path) == [["done"]] * ranks
+def test_every_size_arrives_whole(ranks):
+    assert run(ranks, "exchange") == [["done"]] * ranks
 
 
-def test_every_size_arrives_whole_by_torch(tmp_path):
-    assert run(3, "exchange by torch", tmp_path) == [["done"]] * 3
+def test_every_size_arrives_whole_by_torch():
+    assert run(3, "exchange by torch") == [["done"]] * 3
 
 
 @pytest.mark.parametrize("size", ["small", "middle", "large", "large by torch"])
-def test_a_lost_peer_is_noticed(size, tmp_path):
-    *others, lost = run(3, f"lose {size}", tmp_path)
+def test_a_lost_peer_is_noticed(size):
+    *others, lost = run(3, f"lose {size}")
     assert lost == []
     for lines in others:
         assert json.loads(lines[0])["noticed"] < 10
