@@ -94,6 +94,8 @@ class RankActor:
         from runtime.model.runners import make_runner
 
         torch.set_num_threads(self._threads)  # the setting belongs to the calling thread
+        if self._tp > 1:
+            self._comm.settled()  # all ranks have loaded by now, and so joined
         runner = make_runner(
             self._shard,
             self._comm,

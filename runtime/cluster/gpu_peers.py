@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from runtime.cluster.peers import SocketCommunicator
 from runtime.cluster.symmetric import MOST, open_symmetric
 from runtime.errors import Unavailable
-from runtime.model.communicator import Communicator
 
 
 class GpuCommunicator:
     """A `Communicator` for tensors on this rank's device. `host` has brought torch.distributed up."""
 
-    def __init__(self, host: Communicator, backend: str = "nccl", device: torch.device | str = "cuda"):
+    def __init__(self, host: SocketCommunicator, backend: str = "nccl", device: torch.device | str = "cuda"):
         self.rank, self.size = host.rank, host.size
         self._host = host
         self._device = torch.device(device)
@@ -32,10 +32,11 @@ class GpuCommunicator:
         if self._device.type == "cuda":
             self._small = open_symmetric(self._group, self._device, self.rank)
 
+    def settled(self) -> None:
+        self._host.settled()
+
     def close(self) -> None:
-        close = getattr(self._host, "close", None)
-        if close is not None:
-            close()
+        self._host.close()
 
     def all_gather(self, mine: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
         widest = max(1, *sizes)

@@ -63,7 +63,7 @@ class SocketCommunicator:
 
     def __init__(self, rank: int, addresses: Sequence[PeerAddress], listener: PeerListener, token: str):
         """Connect the mesh: a rank dials those below it. gloo's ends meet in a file of rank 0's, since a
-        group's ranks share a host."""
+        group's ranks share a host; `settled` takes it away."""
         self.rank = rank
         self.size = len(addresses)
         self._socks: dict[int, socket.socket] = {}
@@ -91,8 +91,14 @@ class SocketCommunicator:
             sock.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        self.settled()
+
+    def settled(self) -> None:
+        """No more groups will be made: rank 0 takes the file away, which nothing needs any more, so that none
+        is left whatever becomes of the rank."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
     def _meeting_place(self) -> str:
         """A file's path: rank 0 makes its folder and tells the others."""
