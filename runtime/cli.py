@@ -94,6 +94,38 @@ def inspect_(model: Model, *, dtype: Dtype = "auto", quantize: Quantize = None, 
 
 
 @command
+def plan(
+    model: Model,
+    *,
+    gpus: Annotated[
+        str,
+        typer.Option(
+            metavar="COUNTxNAME",
+            show_default=False,
+            help="GPUs of a node, as 8xH200: A100-40, A100-80, L40S, H100, H200 or B200.",
+        ),
+    ],
+    nodes: Annotated[int, typer.Option(help="Such nodes; a server stays within one.")] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of each user's prompt and reply. Default: 32768, or what the model takes."),
+    ] = None,
+    users: Annotated[int, typer.Option(help="Replies at once, over all servers.")] = 64,
+    quantize: Quantize = None,
+    json: AsJson = False,
+) -> None:
+    """Say which layouts of a model fit some GPUs, and predict how fast they could be at most.
+
+    Reads the header alone and needs no GPU. Tensor parallel inside a node, as many servers as there is room
+    for; stages over several nodes are not served yet and not planned. Rates are bounds, not measured.
+    """
+    from runtime.commands.plan import plan
+
+    settings = named_model(model, quantize=quantize)
+    plan(settings, gpus, nodes=nodes, context=context, users=users, as_json=json)
+
+
+@command
 def serve(
     model: Model,
     *,
