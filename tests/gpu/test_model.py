@@ -13,7 +13,7 @@ from runtime.model.header import open_model
 from runtime.model.load import load_shard
 from runtime.model.runner import Runner
 from runtime.sampling.sampler import SamplerState, sample
-from runtime.types import SamplingParams
+from runtime.types import Chunk, SamplingParams, SequenceStart, StepPlan
 from tests.gpu.device import ON_GPU
 from tests.gpu.folder import write_folder
 from tests.gpu.play import opened, replies, replies_of_ranks, runner
@@ -73,6 +73,23 @@ def test_sampled_like_the_host(model) -> None:
     assert [[token for token, _, _ in reply] for reply in found] == seen.tokens
     for reply, logprobs in zip(found, seen.logprobs, strict=True):
         assert [p for _, p, _ in reply] == pytest.approx(logprobs, abs=1e-5)
+
+
+def test_scores(model) -> None:
+    """A prompt's tokens get the same scores in chunks."""
+    prompt, params = PROMPTS[2], SamplingParams(temperature=0.0, logprobs=1)
+    start = SequenceStart(0, prompt, len(prompt), params, ())
+    blocks = (0, 1)
+    scoring = StepPlan(0, (), (start,), (Chunk(0, 0, len(prompt) - 1, blocks, False, scores=True),))
+    whole = runner(opened(model), 32, 1).execute(scoring).scores[0]
+    assert len(whole) == len(prompt) - 1
+    run = runner(opened(model), 32, 1)
+    parts = []
+    for at in range(0, len(prompt) - 1, 5):
+        length = min(5, len(prompt) - 1 - at)
+        chunk = Chunk(0, at, length, blocks if at == 0 else (), False, scores=True)
+        parts += run.execute(StepPlan(at, (), (start,) if at == 0 else (), (chunk,))).scores[0]
+    assert tuple(parts) == tuple(whole)
 
 
 class _HostSampler:
