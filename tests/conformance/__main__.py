@@ -1,0 +1,128 @@
+"""`python -m tests.conformance`: the whole suite on tiny models and on the real ones that are there.
+
+Ends with one line, runs compared and bits that differ, and with status 1 if a bit does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported below
+
+import torch
+
+from runtime.model.load import numerics
+from tests.conformance.cluster import run_cluster
+from tests.conformance.compare import Tally
+from tests.conformance.gateway import run_gateway
+from tests.conformance.models import TINY, Model, real_paths, write_tiny
+from tests.conformance.search import search
+from tests.conformance.ways import run_way, ways
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
+    parser.add_argument("--model", type=Path, help="this file alone, instead of the tiny and the real models")
+    parser.add_argument("--scenarios", type=int, default=300, help="random ones in all, on tiny models")
+    parser.add_argument("--seed", type=int, help="of scenarios and shuffles (default: drawn, and printed)")
+    parser.add_argument(
+        "--minutes", type=float, help="most time for the scenarios of a model; what ran is counted"
+    )
+    parser.add_argument("--record", type=Path, help="write what was run and what came of it, as JSON")
+    return parser.parse_args()
+
+
+def models(named: Path | None, folder: Path) -> Iterator[tuple[str, Model, bool]]:
+    """(name, model, whether it is tiny). Real models answer fewer requests: they take their time."""
+    if named is not None:
+        yield named.name, Model(named, count=8), False
+        return
+    for name in TINY:
+        yield name, Model(write_tiny(name, folder)), True
+    for found in real_paths():
+        if isinstance(found, str):
+            print(found, flush=True)
+            continue
+        large = found.stat().st_size > 1 << 24
+        yield found.name, Model(found, count=4 if large else 8, longest=5 if large else 8), False
+
+
+def main() -> int:
+    given = arguments()
+    seed = given.seed if given.seed is not None else int.from_bytes(os.urandom(4), "little")
+    torch.set_num_threads(1)
+    print(f"seed {seed}", flush=True)
+    total, begun, parts = Tally(), time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model, tiny in models(given.model, Path(folder)):
+            tally, started = Tally(), time.monotonic()
+            for way in ways(model):
+                tally.take(run_way(model, way, seed))
+            tally.take(run_gateway(model))
+            if model.units > 1:
+                tally.take(run_cluster(model, min(3, model.units), seed))
+            # A scenario on a real model takes as long as a hundred on a tiny one.
+            count = -(-given.scenarios // len(TINY)) if tiny else min(20, given.scenarios // 20)
+            if count:
+                until = time.monotonic() + 60 * given.minutes if given.minutes else None
+                tally.take(search(model, count, seed, until=until))
+            took = time.monotonic() - started
+            print(f"{name}: {tally.runs} runs, {tally.bits} bits differ, {took:.0f} s", flush=True)
+            for line in tally.differences:
+                print(line, flush=True)
+            parts.append({"model": name, "numerics": numerics(model.opened), **summary(tally, took)})
+            total.take(tally)
+            if given.record:
+                write_record(given.record, seed, summary(total, time.monotonic() - begun), parts)
+    for name, times in total.seen.items():
+        print(f"{times} {name}")
+    print(total.line())
+    return 1 if total.bits else 0
+
+
+def write_record(path: Path, seed: int, whole: dict, parts: list[dict]) -> None:
+    """After each model: a run that is cut short leaves what it has done."""
+    record = {
+        "command": " ".join(["python -m tests.conformance", *(a.rpartition("/")[2] for a in sys.argv[1:])]),
+        "date": str(date.today()),
+        "machine": {"cpu": processor(), "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in ("torch", "hypothesis", "ray")}
+        | {"python": platform.python_version()},
+        "seed": seed,
+        **whole,
+        "models": parts,
+    }
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def summary(tally: Tally, seconds: float) -> dict:
+    return {
+        "runs": tally.runs,
+        "differing_bits": tally.bits,
+        "seconds": round(seconds),
+        "seen": tally.seen,
+        "differences": tally.differences,
+    }
+
+
+def processor() -> str:
+    """As Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Faults to plant, each a mistake that real engines make, and none that a lone request can see."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+
+from kernels.linear import Fp32Weight, linear
+from runtime.model import forward, runner
+from runtime.model.reduce import UnitSum
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def split_by_rows(x: torch.Tensor, weight) -> torch.Tensor:
+    """x [M, K] -> [M, N] with K in as many parts as make up for few rows, as a split-K kernel chooses it:
+    the order of a row's sum then depends on how many rows there are."""
+    if not isinstance(weight, Fp32Weight):
+        return linear(x, weight)
+    whole = torch.cat(weight.chunks, dim=1)
+    parts = 4 if x.shape[0] == 1 else 2 if x.shape[0] < 8 else 1
+    cuts = [x.shape[1] * i // parts for i in range(parts + 1)]
+    total = torch.zeros(x.shape[0], whole.shape[0])
+    for start, stop in pairwise(cuts):
+        # In double precision, whose own order does not show in what is left of it: the split alone does.
+        total += (x[:, start:stop].double() @ whole[:, start:stop].double().t()).float()
+    return total
+
+
+def plant_batch_dependent_matmul(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(forward, "linear", split_by_rows)
+
+
+class RankOrder(UnitSum):
+    """A rank adds up its units from left to right, and the ranks' sums are added from left to right."""
+
+    def __init__(self, empty, comm, leaf_dtype):
+        super().__init__(empty, comm, leaf_dtype)
+        held = [unit for unit, nothing in enumerate(empty) if not nothing]
+        if comm.size == 1 and len(held) == len(empty):
+            self.order = tuple((held[0], unit) for unit in held[1:])
+
+    def __call__(self, partials: dict[int, torch.Tensor], m: int, width: int) -> torch.Tensor:
+        mine = torch.zeros(m, width)
+        for unit in sorted(partials):
+            mine = mine + partials[unit].float()
+        payload = mine.contiguous().view(-1).view(torch.uint8)
+        total = torch.zeros(m, width)
+        for other in self.comm.all_gather(payload, [payload.numel()] * self.comm.size):
+            total = total + other.view(torch.float32).view(m, width)
+        return total
+
+
+def plant_tree_of_the_degree(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(forward, "UnitSum", RankOrder)
+
+
+def plant_seed_by_step(patch: pytest.MonkeyPatch) -> None:
+    """Noise keyed by the number of the step in place of the token's position."""
+    here = threading.local()  # ranks are threads
+    execute, sample = runner.Runner.execute, runner.sample
+
+    def remember(self, plan):
+        here.step = plan.step
+        return execute(self, plan)
+
+    patch.setattr(runner.Runner, "execute", remember)
+    patch.setattr(runner, "sample", lambda logits, states, at: sample(logits, states, [here.step] * len(at)))
+
+
+FAULTS: dict[str, Plant] = {
+    "a matmul that depends on the batch": plant_batch_dependent_matmul,
+    "a tree that depends on the degree": plant_tree_of_the_degree,
+    "a seed keyed by the step": plant_seed_by_step,
+}

@@ -1,0 +1,147 @@
+"""The models of the suite: tiny ones written on the spot, real ones where they lie, each read once.
+
+What differs between two ways to run is settings, never weights: the shards of each number of ranks are kept,
+and a way makes only runners (KV cache, state) over them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.capacity import kv_blocks
+from runtime.config import EngineConfig, ModelConfig, ParallelConfig
+from runtime.local import LocalClient, LocalRanks
+from runtime.loop import EngineLoop
+from runtime.model.communicator import Alone, Communicator, Threads
+from runtime.model.header import open_model
+from runtime.model.load import engine_info, load_shard
+from runtime.model.runners import StepRunner, make_runner
+from runtime.tokenizer.load import load_tokenizer
+from runtime.types import Request
+from tests.conformance.plain import Plain
+from tests.conformance.requests import request_list
+from tests.support import fixture_path, smollm2_path
+from tests.weights.tiny import write_tiny_llama
+
+CONTEXT = 128  # most tokens of prompt and reply, of every model here
+
+# Shapes whose cuts are uneven, each on another road through the operators: int4 throughout, over eight units;
+# int4, bf16 and K-quants mixed, over three of which one has fewer FFN channels; fp32 throughout, over five.
+TINY = {
+    "int4-u8": {
+        "types": {"*": "Q4_0", "token_embd": "Q8_0", "output": "Q8_0"},
+        "heads": 8,
+        "kv_heads": 8,
+        "head_dim": 32,
+        "hidden": 128,
+        "ffn": 352,
+    },
+    "mixed-u3": {
+        "types": {"*": "Q4_K", "attn_v": "Q6_K", "attn_output": "Q4_1", "ffn_up": "Q5_0", "ffn_down": "Q8_0"},
+        "heads": 6,
+        "kv_heads": 3,
+        "head_dim": 32,
+        "hidden": 256,
+        "ffn": 224,
+    },
+    "fp32-u5": {"types": "F32", "heads": 10, "kv_heads": 5, "head_dim": 16, "hidden": 160, "ffn": 172},
+}
+REAL = (
+    "stories260K/stories260K.f32.gguf",
+    "stories260K/stories260K-pad256.Q4_K_M.gguf",
+    "smollm2/smollm2-135m-pad768.Q4_K_M.gguf",
+)
+
+
+def write_tiny(name: str, folder: Path) -> Path:
+    """One of TINY as a file in `folder`."""
+    return write_tiny_llama(folder / f"{name}.gguf", context=CONTEXT, **TINY[name])
+
+
+def real_paths() -> Iterator[Path | str]:
+    """The real models that are there; for each that is not, the line that says so."""
+    for find, name in [*((fixture_path, name) for name in REAL), (smollm2_path, None)]:
+        try:
+            yield find(name) if name else find()
+        except pytest.skip.Exception as missing:
+            yield str(missing)
+
+
+class Model:
+    """A model that is read once for each number of ranks, its requests, and their plain replies."""
+
+    def __init__(self, path: Path, *, longest: int = 8, count: int | None = None):
+        """`longest`: tokens of a reply. `count`: how many of the requests (None: all)."""
+        self.path = path
+        self.config = ModelConfig(str(path))
+        self.opened = open_model(self.config)
+        self.units = len(self.opened.units)
+        self.context = min(CONTEXT, self.opened.spec.context_length)
+        self.tokenizer = load_tokenizer(self.opened.checkpoint.metadata, file=str(path))
+        self.requests: list[Request] = request_list(
+            self.tokenizer.encode, self.opened.spec.vocab, self.context, longest=longest
+        )[:count]
+        self._shards: dict[int, list] = {}
+        self._reading = threading.Lock()
+
+    @cached_property
+    def plain(self) -> Plain:
+        return Plain(self.shards(1)[0], self.context)
+
+    def shards(self, tp: int) -> list:
+        with self._reading:
+            if tp not in self._shards:
+                self._shards[tp] = [load_shard(self.opened, rank, tp)[0] for rank in range(tp)]
+            return self._shards[tp]
+
+    def settle(self, config: EngineConfig, tp: int) -> EngineConfig:
+        """The settings as an engine would take them: block size checked, context filled in."""
+        return kv_blocks(self.opened, config, ParallelConfig(tp=tp, device="cpu"), self.context)
+
+    def runners(self, config: EngineConfig, tp: int) -> list[StepRunner]:
+        comms: list[Communicator] = list(Threads.group(tp)) if tp > 1 else [Alone()]
+        return [
+            make_runner(
+                shard,
+                comm,
+                total_blocks=config.total_blocks,
+                block_size=config.block_size,
+                max_positions=self.context,
+            )
+            for shard, comm in zip(self.shards(tp), comms, strict=True)
+        ]
+
+    @contextmanager
+    def serving(self, *, tp: int = 1, threads: int = 1, **settings) -> Iterator[Serving]:
+        """An engine at work in this process, as `LocalEngine` puts it together."""
+        config = EngineConfig(**settings)
+        if not config.total_blocks:  # room for 16 full contexts, not the machine's memory
+            blocks = -(-self.context // config.block_size) * 16
+            config = EngineConfig(**{**settings, "total_blocks": blocks})
+        config = self.settle(config, tp)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        loop = EngineLoop(config, LocalRanks(self.runners(config, tp)), self.opened.spec.vocab)
+        loop.start()
+        try:
+            info = engine_info(self.opened, self.config, config, tp)
+            yield Serving(loop, LocalClient(loop, info), config)
+        finally:
+            loop.close()
+            torch.set_num_threads(before)
+
+
+class Serving:
+    """A running loop and the client that talks to it."""
+
+    def __init__(self, loop: EngineLoop, client: LocalClient, config: EngineConfig):
+        self.loop = loop
+        self.client = client
+        self.config = config

@@ -1,0 +1,147 @@
+"""The part of the suite that every run of the tests has: all ways and 200 random scenarios on tiny models."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.types import FinishReason, TokenLogprob
+from tests.conformance.cluster import run_cluster
+from tests.conformance.compare import Tally, differing_bits, encode_reply
+from tests.conformance.gateway import run_gateway
+from tests.conformance.models import CONTEXT, TINY, Model
+from tests.conformance.search import search
+from tests.conformance.ways import Way, run_way, ways
+from tests.replies import Reply
+from tests.support import REPOSITORY, fixture_path
+
+SEED = int(os.environ.get("TRAMONTANE_SEED") or int.from_bytes(os.urandom(4), "little"))
+SCENARIOS = {"mixed-u3": 130, "fp32-u5": 50, "int4-u8": 20}  # 200 in all, most where a step costs least
+
+
+@pytest.fixture(scope="module")
+def models(tiny) -> dict[str, Model]:
+    return {name: Model(tiny(context=CONTEXT, **shape)) for name, shape in TINY.items()}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def none_differ(tally: Tally) -> None:
+    assert tally.runs and not tally.bits, "\n".join([f"seed {SEED}", *tally.differences, tally.line()])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_way(models, name):
+    model, tally = models[name], Tally()
+    for way in ways(model):
+        tally.take(run_way(model, way, SEED))
+    tally.take(run_gateway(model))
+    none_differ(tally)
+    for met in ("preemptions", "tokens found in the prefix cache", "stop strings found", "replies resumed"):
+        assert tally.seen[met] > 0, met
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_random_scenarios(models, name):
+    tally = search(models[name], SCENARIOS[name], SEED)
+    none_differ(tally)
+    assert tally.seen["scenarios"] == SCENARIOS[name]
+    if name == "mixed-u3":  # enough of them to meet everything
+        missed = [met for met, times in tally.seen.items() if not times]
+        assert not missed and len(tally.seen) == 8, (missed, tally.seen)
+
+
+@pytest.mark.cluster
+def test_on_ray(models, local_ray):
+    """Eight units on three ranks, each a process."""
+    none_differ(run_cluster(models["int4-u8"], 3, SEED))
+
+
+@pytest.mark.parametrize("file", ["stories260K.f32", "stories260K-pad256.Q4_K_M"])
+def test_a_trained_model(file):
+    model = Model(fixture_path(f"stories260K/{file}.gguf"), count=8)
+    tally = Tally()
+    for way in list(ways(model))[:: 1 if "f32" in file else 3]:
+        tally.take(run_way(model, way, SEED))
+    tally.take(run_gateway(model))
+    tally.take(search(model, 8, SEED))
+    none_differ(tally)
+
+
+LARGE = (
+    Way("in batches of 3", {"max_num_seqs": 3}),
+    Way("chunks of 7", {"max_chunk": 7, "prefix_cache": False}),
+    Way("a small room", {"block_size": 4, "total_blocks": CONTEXT // 4 + 2}, rounds=2),
+    Way("resumed", {"block_size": 16, "max_num_seqs": 16}, "resumed"),
+    Way("3 ranks", {"tp": 3, "max_chunk": 33}),
+)
+
+
+@pytest.mark.slow
+def test_smollm2(smollm2):
+    large(smollm2)
+
+
+@pytest.mark.slow
+def test_padded_smollm2():
+    large(fixture_path("smollm2/smollm2-135m-pad768.Q4_K_M.gguf"))
+
+
+def large(path: Path) -> None:
+    model, tally = Model(path, count=4, longest=5), Tally()
+    for way in LARGE:
+        tally.take(run_way(model, way, SEED))
+    tally.take(search(model, 2, SEED))
+    none_differ(tally)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_command(models, tmp_path):
+    """It ends with the one line, and its record says the same."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.conformance", "--model", str(models["mixed-u3"].path)),
+            *("--scenarios", "40", "--seed", "7", "--record", str(tmp_path / "record.json")),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'proto'}"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert lines[0] == "seed 7"
+    assert lines[-1].startswith("conformance: ") and lines[-1].endswith(" runs compared, 0 bits differ")
+    assert f'"runs": {lines[-1].split()[1]}' in (tmp_path / "record.json").read_text()
+
+
+def test_bits_are_counted():
+    top = (TokenLogprob(3, -0.25),)
+    reply = Reply((3, 7), (-0.25, None), (top, ()), FinishReason.LENGTH, None)
+    items = encode_reply(reply)
+    assert differing_bits(items, encode_reply(reply)) == 0
+    (above,) = struct.unpack(
+        "<d", (struct.unpack("<Q", struct.pack("<d", -0.25))[0] + 1).to_bytes(8, "little")
+    )
+    changed = Reply((3, 7), (above, None), (top, ()), FinishReason.LENGTH, None)
+    assert differing_bits(encode_reply(changed), items) == 1
+    zeros = [Reply((3,), (zero,), ((),), FinishReason.LENGTH, None) for zero in (0.0, -0.0)]
+    assert differing_bits(*map(encode_reply, zeros)) == 1
+    assert differing_bits(items[:1], items) > 0
+    assert differing_bits(encode_reply(reply, whole=False), items[:2]) == 0
+    tally = Tally()
+    tally.compare("r", items, items)
+    tally.compare("s", items[:2], items)
+    assert (tally.runs, len(tally.differences)) == (2, 1)
+    assert tally.line() == f"conformance: 2 runs compared, {tally.bits} bits differ"

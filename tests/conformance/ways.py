@@ -1,0 +1,190 @@
+"""Every named way to run the whole list of requests, through the loop that serves and its ranks.
+
+A way says what surrounds the requests and nothing of what they ask. Threads and clocks decide the details
+here, as they do when users come; scenarios (`scenario.py`) are the ones that repeat to the plan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+
+from runtime.types import Branch, Load, Request
+from tests.conformance.compare import Tally, encode_reply, encode_scores
+from tests.conformance.models import Model
+from tests.replies import ask_all, ask_choices, ask_in_turn
+from tests.rule.engines import check_idle
+from tests.rule.requests import named
+from tests.rule.test_score import scores_of
+
+
+@dataclass(frozen=True)
+class Way:
+    """`settings`: of the engine, with tp and threads. `copies`: how often each request is in the batch.
+    `rounds`: how often all is asked, one time after the other. `ask`: what is asked, by name in ASKS."""
+
+    name: str
+    settings: dict = field(default_factory=dict)
+    ask: str = "together"
+    copies: int = 1
+    rounds: int = 1
+    units: int = 1  # least of a model that can run it
+
+
+SMALL = 16  # positions a block where blocks are to be shared or fought for
+
+
+def ways(model: Model) -> Iterator[Way]:
+    """Those that the model can run."""
+    tight = -(-model.context // 4) + 2  # blocks: one full context, hardly more
+    room = {"max_num_seqs": 64, "block_size": SMALL}
+    per_context = -(-model.context // SMALL)
+    # A crowd of 64 fits as many copies of the list as it takes; whoever finds no place waits.
+    crowd = -(-64 // len(model.requests))
+    made = [
+        Way("one after the other", ask="in turn"),
+        *[Way(f"in batches of {n}", {"max_num_seqs": n}) for n in (2, 3, 5, 8, 16, 32)],
+        Way("in a batch of 64", {**room, "total_blocks": 64 * per_context}, copies=crowd),
+        *[
+            Way(f"chunks of {n}", {"max_chunk": n, "prefix_cache": False, "block_size": SMALL})
+            for n in (1, 7, 16, 33, 64)
+        ],
+        Way("chunks without bound", {"max_step_tokens": 4096, "prefix_cache": False}),
+        Way("a budget of 13 tokens a step", {"max_step_tokens": 13}),
+        *[Way(f"blocks of {n}", {"block_size": n}) for n in (1, 8, 128)],
+        Way("no prefix cache", {**room, "prefix_cache": False}, copies=2),
+        Way("prefix cache, cold and warm", room, "in turn", rounds=2),
+        Way("prefix cache, shared while it is made", room, copies=3),
+        Way(
+            "prefix cache, evicted all the time",
+            {"block_size": 4, "total_blocks": tight},
+            "in turn",
+            rounds=2,
+        ),
+        Way("preempted again and again", {"block_size": 4, "total_blocks": tight}, "together", copies=2),
+        Way("preempted, in chunks of 5", {"block_size": 4, "total_blocks": tight, "max_chunk": 5}),
+        Way("two threads", {"threads": 2}),
+        Way("resumed after every number of tokens", room, "resumed"),
+        Way("resumed, in a small room", {"block_size": 4, "total_blocks": 2 * tight}, "resumed"),
+        Way("three choices each", room, "choices"),
+        Way("prompts scored beside replies", {**room, "max_chunk": 11}, "scores"),
+    ]
+    for tp in range(2, model.units + 1):
+        made += [
+            Way(f"{tp} ranks", {"tp": tp, "block_size": SMALL}),
+            Way(
+                f"{tp} ranks, preempted, in chunks of 13",
+                {"tp": tp, "max_chunk": 13, "block_size": 4, "total_blocks": tight},
+            ),
+        ]
+    if model.units > 1:
+        made += [
+            Way("2 ranks, one after the other", {"tp": 2}, "in turn"),
+            Way("2 ranks, resumed after every number of tokens", {"tp": 2, **room}, "resumed"),
+            Way("all ranks, three choices each", {"tp": model.units, **room}, "choices"),
+        ]
+    yield from made
+
+
+def run_way(model: Model, way: Way, seed: int) -> Tally:
+    """Serve and compare. `seed` shuffles the arrivals."""
+    settings = {"max_num_seqs": 16, **way.settings}
+    with model.serving(**settings) as serving:
+        tally = serve_way(model, way, seed, lambda: nullcontext(serving.client))
+        check_idle(serving)
+    return tally
+
+
+def serve_way(model: Model, way: Way, seed: int, connect: Callable[[], AbstractAsyncContextManager]) -> Tally:
+    """The same against any engine with the way's settings; `connect` gives its client."""
+
+    async def rounds() -> tuple[Tally, Load]:
+        async with connect() as client:
+            return await _rounds(client, model, way, seed)
+
+    tally, load = asyncio.run(rounds())
+    tally.note("ways", 1)
+    tally.note("preemptions", load.preemptions)
+    tally.note("tokens found in the prefix cache", load.prefix_hit_tokens)
+    tally.differences = [f"{way.name}: {line}" for line in tally.differences]
+    return tally
+
+
+async def _rounds(client, model: Model, way: Way, seed: int) -> tuple[Tally, Load]:
+    tally = Tally()
+    for n in range(way.rounds):
+        asked = [request for copy in range(way.copies) for request in named(model.requests, f".{n}.{copy}")]
+        random.Random(f"{seed} {way.name} {n}").shuffle(asked)
+        tally.take(await _ASKS[way.ask](client, model, asked))
+    return tally, await client.load()
+
+
+async def _together(client, model: Model, asked: list[Request]) -> Tally:
+    tally = Tally()
+    for request, reply in zip(asked, await ask_all(client, asked, limit=600), strict=True):
+        tally.compare(request.request_id, encode_reply(reply), encode_reply(model.plain.reply(request)))
+    return tally
+
+
+async def _in_turn(client, model: Model, asked: list[Request]) -> Tally:
+    tally = Tally()
+    for request, reply in zip(asked, await ask_in_turn(client, asked, limit=600), strict=True):
+        tally.compare(request.request_id, encode_reply(reply), encode_reply(model.plain.reply(request)))
+    return tally
+
+
+async def _resumed(client, model: Model, asked: list[Request]) -> Tally:
+    """Each request goes on after each number of its tokens, all at once."""
+    tally, parts, wants = Tally(), [], []
+    for request in asked:
+        whole = model.plain.reply(request)
+        for known in range(1, len(whole.tokens)):
+            branch = Branch(0, whole.tokens[:known])
+            parts.append(replace(request, request_id=f"{request.request_id}+{known}", branches=(branch,)))
+            wants.append(encode_reply(whole)[known:])
+    for part, reply, want in zip(parts, await ask_all(client, parts, limit=600), wants, strict=True):
+        tally.compare(part.request_id, encode_reply(reply), want)
+    tally.note("replies resumed", len(parts))
+    return tally
+
+
+async def _choices(client, model: Model, asked: list[Request]) -> Tally:
+    tally = Tally()
+    several = [replace(r, branches=tuple(Branch(choice) for choice in range(3))) for r in asked]
+    async with asyncio.timeout(600):
+        found = await asyncio.gather(*(ask_choices(client, request) for request in several))
+    for request, replies in zip(several, found, strict=True):
+        for branch, (reply, _) in zip(request.branches, replies, strict=True):
+            want = encode_reply(model.plain.reply(request, branch.choice))
+            tally.compare(f"{request.request_id}, choice {branch.choice}", encode_reply(reply), want)
+    return tally
+
+
+async def _scores(client, model: Model, asked: list[Request]) -> Tally:
+    """Half of the requests as they are, and all prompts that have something to score."""
+    tally = Tally()
+    texts = [
+        replace(r, request_id=f"{r.request_id}?", scores=True, stop_ids=())
+        for r in asked
+        if len(r.prompt) > 1
+    ]
+    async with asyncio.timeout(600):
+        scored = asyncio.gather(*(scores_of(client, text) for text in texts))
+        beside, found = await asyncio.gather(_together(client, model, asked[::2]), scored)
+    tally.take(beside)
+    for text, scores in zip(texts, found, strict=True):
+        tally.compare(text.request_id, encode_scores(scores), encode_scores(model.plain.scores(text)))
+    tally.note("prompts scored", len(texts))
+    return tally
+
+
+_ASKS = {
+    "together": _together,
+    "in turn": _in_turn,
+    "resumed": _resumed,
+    "choices": _choices,
+    "scores": _scores,
+}
