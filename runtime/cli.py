@@ -301,6 +301,76 @@ def bench(
 
 
 @command
+def batch(
+    requests: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN.jsonl",
+            show_default=False,
+            help="A request a line: OpenAI's batch form, or custom_id, prompt or messages, sampling fields.",
+        ),
+    ],
+    results: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT.jsonl",
+            show_default=False,
+            help="A result a line, appended. A request that has one there is done and not made again.",
+        ),
+    ],
+    *,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model to load; not with --target.")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="A running server. Several share the requests."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 64,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="For requests that name none. Default: what the context leaves.")
+    ] = None,
+    tp: Tp = 1,
+    local: Local = False,
+    ray_address: RayAddress = None,
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    max_step_tokens: MaxStepTokens = 512,
+    kv_memory: KvMemory = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    name: Annotated[str, typer.Option(help="What requests may call MODEL. Default: the file's own.")] = "",
+    chat_template: ChatTemplate = None,
+    json: AsJson = False,
+) -> None:
+    """Answer a file of requests, exactly one line each, however often it is interrupted and started again.
+
+    Failures stand in their lines and stop nothing. The exit status is 0 where every request has a reply.
+    """
+    from runtime.commands.batch import Work, batch_model, batch_targets
+
+    if (model is None) == (not target):
+        raise InvalidArgument("batch", "give one of --model and --target")
+    work = Work(requests, results, concurrency, max_tokens)
+    if target:
+        batch_targets(target, work, as_json=json)
+        return
+    config = ServeConfig(
+        named_model(
+            model,
+            name=name,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            quantize=quantize,
+            template=chat_template,
+        ),
+        EngineConfig(max_num_seqs=max(1, concurrency), max_step_tokens=max_step_tokens),
+        ParallelConfig(tp=tp, device=device, kv_memory=kv_memory),
+    )
+    batch_model(config, work, local=local, ray_address=ray_address, as_json=json)
+
+
+@command
 def compare(
     model_a: ModelA,
     model_b: ModelB,

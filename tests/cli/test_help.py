@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": ["--target", "--message", "--json"],
     "bench": ["MODEL", "--target", "--streams", "--json"],
     "compare": ["A", "B", "--prompts", "--max-tokens", "--plot", "--quantize-b", "--json"],
+    "batch": ["IN.jsonl", "OUT.jsonl", "--model", "--target", "--concurrency", "--json"],
     "plan": ["MODEL", "--gpus", "--nodes", "--context", "--users", "--json"],
     "demo": ["--tp"],
 }
