@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from kernels.native import machine, rows
+
 _SERIAL = 32768  # torch runs a pointwise loop of at most so many elements on one thread
 _LANES = 64  # a vector loop over a multiple of this leaves no scalar tail
 
@@ -25,3 +27,13 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.T
         piece = padded[at : at + _SERIAL]
         piece.copy_(torch.nn.functional.silu(piece))
     return torch.mul(padded[:size].view(gate.shape), up, out=out)
+
+
+def gate(both: torch.Tensor, out: torch.Tensor) -> None:
+    """`silu_mul` of units: out [units, M, C], of `both` [M, units * 2 * C], a gate before each up."""
+    units, m, width = out.shape
+    if out.dtype == torch.bfloat16 and width % rows.LANES == 0 and machine.supported():
+        rows.gate(both, out)
+        return
+    pair = both.view(m, units, 2, width).transpose(0, 1)
+    silu_mul(pair[:, :, 0], pair[:, :, 1], out=out)

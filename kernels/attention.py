@@ -210,7 +210,8 @@ def paged_attention(
             )
         y = torch.nn.functional.scaled_dot_product_attention(tile, k, v, attn_mask=call.mask, scale=scale)
         if call.query is None and call.tokens == 1:
-            y = y[:, :, :used].view(tiles, parts, -1, used, dim).transpose(0, 1)
+            y = y if used == y.shape[2] else y[:, :, :used]
+            y = y.view(tiles, parts, -1, used, dim).transpose(0, 1)
             out.view(y.shape).copy_(y)
             continue
         # [parts, tiles, tokens, lanes of a part, packed, D], as the rows of `out` want it

@@ -1,4 +1,4 @@
-"""The output head: fp32 logits over one unit's share of the vocabulary.
+"""The output head: fp32 logits over a share of the vocabulary.
 
 On AMX a quantised table is multiplied as the file stores it, by x in fp32 (`kernels.native.head`).
 Elsewhere, and for dense tables, there is a bf16 copy of the rows. Its product returns bf16, which ties
@@ -7,7 +7,8 @@ near-equal logits, so it only finds the most likely rows; those are computed aga
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +22,7 @@ _COPIED = 4096  # rows at once: bounds an fp32 copy
 
 @dataclass(frozen=True, slots=True)
 class HeadShare:
-    """One unit's rows of the head: `size` rows of `table` from `base` on."""
+    """One unit's rows of the head, or of neighbouring units: `size` rows of `table` from `base` on."""
 
     weight: Bf16Weight | Fp32Weight | None  # a copy of the rows; None where the table itself is multiplied
     table: RowTable | None  # None for an fp32 weight, which needs nothing else
@@ -34,6 +35,13 @@ def head_share(table: RowTable, start: int, stop: int, dtype: torch.dtype) -> He
     if dtype == torch.bfloat16 and machine.supported() and stop - start >= head.ROWS and _served(table):
         return HeadShare(None, table, start, stop - start)
     return copied_share(table, start, stop, dtype)
+
+
+def merged(shares: Sequence[HeadShare]) -> tuple[HeadShare, ...]:
+    """Shares that follow each other, as one where the table itself is multiplied: its rows stand alone."""
+    if any(share.weight is not None for share in shares):
+        return tuple(shares)
+    return (replace(shares[0], size=sum(share.size for share in shares)),)
 
 
 def copied_share(table: RowTable, start: int, stop: int, dtype: torch.dtype) -> HeadShare:

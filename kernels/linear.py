@@ -188,18 +188,14 @@ def linear_parts(x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor | S
 
 def _int4_tiles(x: torch.Tensor, weight: Int4Tiles) -> torch.Tensor:
     """x [M, K], or [parts, M, K] where the weight has several parts -> the same with N columns."""
-    if (
-        x.dtype is not torch.bfloat16
-        or x.shape[-1] != weight.in_features
-        or x.ndim != (2 if weight.parts == 1 else 3)
-        or x.shape[0] != weight.parts > 1
-        or not x.is_cpu
-    ):
+    shape, parts = x.shape, weight.parts
+    fits = len(shape) == (2 if parts == 1 else 3) and shape[-1] == weight.in_features
+    if not fits or x.dtype is not torch.bfloat16 or not x.is_cpu or (parts > 1 and shape[0] != parts):
         raise _misfit(x, weight)
     if x.stride(-1) != 1:
         x = x.contiguous()
-    out = x.new_empty(*x.shape[:-1], weight.out_features)
-    int4.product(x, weight.packed, weight.group, weight.parts, out)
+    out = torch.empty((*shape[:-1], weight.out_features), dtype=torch.bfloat16)
+    int4.product(x, weight.packed, weight.group, parts, out)
     return out
 
 

@@ -159,8 +159,8 @@ def _dot(offset: bool, span: int) -> Function:
         return following
 
     totals = f.loop(f["groups"], group, [(FLOATS, "zeroinitializer")] * ROWS)
-    missing = constant("float", [1 / (_CODES_BY * _X_BY)] * 16)
-    totals = [f.emit(FLOATS, f"fmul {FLOATS} {total}, {missing}") for total in totals]
+    missing = f.splat(1 / (_CODES_BY * _X_BY))
+    totals = [f.floats("fmul", total, missing) for total in totals]
     for row, turned in enumerate(_transposed(f, totals)):
         (spread + 64 * row).store(turned, 64)
     f.loop(f["rows"], lambda i, _: (f["out"] + i * f["out_row"]).store((spread + i * 64).load(FLOATS, 64), 4))

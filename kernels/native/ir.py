@@ -6,6 +6,7 @@ language is https://llvm.org/docs/LangRef.html. Knows nothing of what is compute
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -138,6 +139,12 @@ class Function:
         one = self.emit(FLOATS, f"insertelement {FLOATS} poison, float {scalar}, i32 0")
         return self.emit(FLOATS, f"shufflevector {FLOATS} {one}, {FLOATS} poison, <16 x i32> zeroinitializer")
 
+    def splat(self, number: float) -> Value:
+        """A number, rounded to fp32, in all 16 lanes."""
+        (rounded,) = struct.unpack("f", struct.pack("f", number))
+        (bits,) = struct.unpack("<Q", struct.pack("<d", rounded))  # IR writes a float as the double it equals
+        return Value(self, FLOATS, "<" + ", ".join([f"float 0x{bits:016X}"] * 16) + ">")
+
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a * b + c, rounded once."""
         return self.emit(FLOATS, f"call {FLOATS} @llvm.fma.v16f32({FLOATS} {a}, {FLOATS} {b}, {FLOATS} {c})")
@@ -147,8 +154,8 @@ class Function:
         return self.emit(FLOATS, f"{operation} {FLOATS} {a}, {b}")
 
     def prefetch(self, address: Value) -> None:
-        """Bring a line into the cache, if there is such an address."""
-        self.line(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 3, i32 1)")
+        """Bring a line into the second-level cache, if there is such an address."""
+        self.line(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 2, i32 1)")
 
     def widen(self, halves: Value) -> Value:
         """<16 x i16> that are bf16 -> fp32."""
@@ -174,6 +181,8 @@ _INTRINSICS = f"""
 declare i64 @llvm.smin.i64(i64, i64)
 declare {FLOATS} @llvm.fma.v16f32({FLOATS}, {FLOATS}, {FLOATS})
 declare {FLOATS} @llvm.sqrt.v16f32({FLOATS})
+declare {FLOATS} @llvm.rint.v16f32({FLOATS})
+declare {FLOATS} @llvm.x86.avx512.mask.scalef.ps.512({FLOATS}, {FLOATS}, {FLOATS}, i16, i32)
 declare {WORDS} @llvm.x86.avx512.permvar.hi.512({WORDS}, {WORDS})
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare void @llvm.x86.ldtilecfg(ptr)

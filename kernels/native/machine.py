@@ -59,8 +59,13 @@ class Code:
 
     def __call__(self, *arguments: int, threads: int | None = None) -> None:
         """`arguments`, 64 bits each, are what the function's argument points to; `threads`: on so many."""
-        block = struct.pack(f"={len(arguments)}q", *arguments)
+        block = _layout(len(arguments)).pack(*arguments)
         self._parallel(self._address, block, threads or torch.get_num_threads(), 0)
+
+
+@cache
+def _layout(arguments: int) -> struct.Struct:
+    return struct.Struct(f"={arguments}q")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Small operations on rows, each in one call: add and normalise, rotate and store.
+"""Small operations on rows, each in one call: add and normalise, rotate and store, gate.
 
 A row is done by one thread, in one order. Every rounding is written out: no product is fused with a sum but
 the square in the norm.
@@ -6,6 +6,7 @@ the square in the norm.
 
 from __future__ import annotations
 
+import math
 import struct
 from functools import cache
 
@@ -90,6 +91,25 @@ def rotate_and_store(
     )
 
 
+def gate(both: torch.Tensor, out: torch.Tensor) -> None:
+    """out [units, M, C] = silu(gate) * up, each rounded, of `both` [M, units * 2 * C], gate before up in each
+    unit; both bf16, neighbouring columns neighbours in memory, C a multiple of 16. Subnormals become 0."""
+    units, m, width = out.shape
+    code = _gate_code()
+    code(
+        both.data_ptr(),
+        2 * both.stride(0),
+        units,
+        width // LANES,
+        m,
+        out.data_ptr(),
+        code.thread_number,
+        code.thread_count,
+        threads=1 if out.numel() < _SERIAL else None,
+    )
+
+
+@cache
 def _bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<fi", value, 0))[0]
 
@@ -102,6 +122,11 @@ _ADD_NORM = {
 _ROTATE = {
     "qkv": "ptr", "qkv_row": "i64", "cos": "ptr", "sin": "ptr", "turned": "i64", "vectors": "i64",
     "kv_at": "i64", "kv_vectors": "i64", "cache": "ptr", "cache_rows": "ptr", "rows": "i64",
+    "thread_number": "ptr", "thread_count": "ptr",
+}  # fmt: skip
+
+_GATE = {
+    "both": "ptr", "both_row": "i64", "units": "i64", "vectors": "i64", "rows": "i64", "out": "ptr",
     "thread_number": "ptr", "thread_count": "ptr",
 }  # fmt: skip
 
@@ -179,6 +204,54 @@ def _rotate_code() -> Code:
 
     f.when(f.compare("ne", mine, 0), lambda: f.loop(mine, row))
     return compile_and_place(module([f]))["rotate_and_store"]
+
+
+@cache
+def _gate_code() -> Code:
+    f = Function("gate", {"arguments": "ptr"}, internal=False)
+    a = f.arguments(_GATE)
+    first, mine = threads_share(f, a, a["rows"])
+    part = a["vectors"] * (2 * LANES)  # bytes of a unit's gate, and of its up
+
+    def row(i: Value, _) -> None:
+        at = first + i
+
+        def unit(u: Value, _) -> None:
+            source = a["both"] + at * a["both_row"] + u * part * 2
+            target = a["out"] + (u * a["rows"] + at) * part
+
+            def vector(v: Value, _) -> None:
+                x = _read(f, source + v * (2 * LANES), 2)
+                up = _read(f, source + part + v * (2 * LANES), 2)
+                grown = f.floats("fadd", _exp_of_minus(f, x), f.splat(1.0))
+                place = target + v * (2 * LANES)
+                _write(f, place, f.floats("fdiv", x, grown), 2)
+                _write(f, place, f.floats("fmul", _read(f, place, 2), up), 2)
+
+            f.loop(a["vectors"], vector)
+
+        f.loop(a["units"], unit)
+
+    f.when(f.compare("ne", mine, 0), lambda: f.loop(mine, row))
+    return compile_and_place(module([f]))["gate"]
+
+
+def _exp_of_minus(f: Function, x: Value) -> Value:
+    """exp(-x) to 2**-18: -x = n ln 2 + r with |r| <= ln 2 / 2, then exp(r) by its series, times 2**n. Beyond
+    100 it is that of 100: infinite, or as good as 0."""
+    y = f.floats("fsub", f.splat(-0.0), x)
+    for beyond, limit in (("ogt", 100.0), ("olt", -100.0)):  # a NaN is neither
+        bound = f.splat(limit)
+        outside = f.emit("<16 x i1>", f"fcmp {beyond} {FLOATS} {y}, {bound}")
+        y = f.emit(FLOATS, f"select <16 x i1> {outside}, {FLOATS} {bound}, {FLOATS} {y}")
+    turns = f.floats("fmul", y, f.splat(1 / math.log(2)))
+    n = f.emit(FLOATS, f"call {FLOATS} @llvm.rint.v16f32({FLOATS} {turns})")
+    r = f.fma(n, f.splat(-math.log(2)), y)
+    series = f.splat(1 / 120)
+    for term in (1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        series = f.fma(series, r, f.splat(term))
+    arguments = f"{FLOATS} {series}, {FLOATS} {n}, {FLOATS} {series}, i16 -1, i32 4"
+    return f.emit(FLOATS, f"call {FLOATS} @llvm.x86.avx512.mask.scalef.ps.512({arguments})")
 
 
 def _read(f: Function, place: Value, size: int) -> Value:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.activation import silu_mul
+from kernels.activation import gate
 from kernels.attention import AttentionCall, paged_attention, tile_buffers
 from kernels.embedding import rows
 from kernels.head import head_logits
@@ -124,10 +124,10 @@ class Forward:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden fp32 [S, H] -> fp32 logits [S, V] at rank 0, None elsewhere."""
         start, stop = self.shard.vocab
-        share = torch.empty(hidden.shape[0], stop - start)
-        for head, unit in zip(self.shard.heads, range(*self.shard.run), strict=True):
-            first, last = self.shard.units[unit].vocab
-            head_logits(hidden, head, share[:, first - start : last - start])
+        share, at = torch.empty(hidden.shape[0], stop - start), 0
+        for head in self.shard.heads:
+            head_logits(hidden, head, share[:, at : at + head.size])
+            at += head.size
         if self.comm.size == 1:
             return share
         widths = [b - a for a, b in zip(self.vocab_at, self.vocab_at[1:], strict=False)]
@@ -147,18 +147,21 @@ class Forward:
             order = unit_sum.order
         else:
             partials, order = unit_sum(self._by_unit(partials), m, hidden)[None], ()
-        make = torch.empty if rows_ == m else torch.zeros
-        h = make(rows_, hidden, dtype=self.shard.dtype)
-        add_norm(x, partials, order, norm, self.shard.spec.norm_eps, h[:m])
+        if rows_ == m:
+            h = mine = torch.empty(m, hidden, dtype=self.shard.dtype)
+        else:
+            h = torch.zeros(rows_, hidden, dtype=self.shard.dtype)
+            mine = h[:m]
+        add_norm(x, partials, order, norm, self.shard.spec.norm_eps, mine)
         return h
 
     def _feed_forward(self, h: torch.Tensor, layer: Layer, m: int) -> Partials:
         """Partial results of the FFN; rows of h past `m` are padding."""
         partials: dict[int, torch.Tensor] = {}
         for ffn in layer.ffn:
-            pair = columns(h, ffn.gate_up)[:m].view(m, -1, 2, ffn.width).transpose(0, 1)
-            inner = torch.empty(pair.shape[0], m, ffn.width, dtype=self.shard.dtype)
-            silu_mul(pair[:, :, 0], pair[:, :, 1], out=inner)
+            both = columns(h, ffn.gate_up)
+            inner = torch.empty(ffn.units[1] - ffn.units[0], m, ffn.width, dtype=self.shard.dtype)
+            gate(both if both.shape[0] == m else both[:m], inner)
             outputs = linear_parts(inner, ffn.down)
             if len(outputs) == self.shard.run[1] - self.shard.run[0]:
                 return outputs

@@ -16,9 +16,8 @@ from runtime.model.units import Unit
 from runtime.weights.checkpoint import Checkpoint, check_tensor, open_checkpoint
 from runtime.weights.formats import TensorType
 
-# Weights by what they do, and those that are kept in bf16 even where int4 would do. A dense bf16 product of
-# sixteen rows costs what one row costs on a CPU with AMX; an int4 product of one row costs half of that, and
-# of sixteen rows twice. So dense roles trade one stream against many: docs/performance.md has the figures.
+# Weights by what they do, and those that are kept in bf16 even where int4 would do: none, since int4 products
+# on AMX are the cheaper ones at any number of rows (docs/decisions.md).
 ROLES = ("qkv", "attention_output", "gate_up", "down")
 DENSE_ROLES: frozenset[str] = frozenset()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.embedding import RowTable
-from kernels.head import HeadShare, head_share
+from kernels.head import HeadShare, head_share, merged
 from kernels.linear import Weight
 from runtime.model.layout import RunShare
 from runtime.model.packing import Columns, Loaded, Packer, row_count, select, select_cols
@@ -52,7 +52,7 @@ class Shard:
     vocab: Span
     layers: tuple[Layer, ...]
     output_norm: torch.Tensor
-    heads: tuple[HeadShare, ...]
+    heads: tuple[HeadShare, ...]  # covering `vocab` in order
     rope_factors: torch.Tensor | None
 
     @property
@@ -100,7 +100,7 @@ def build_shard(
     embedding = _row_table(take("token_embd.weight"))
     output_norm = vector("output_norm.weight")
     table = embedding if spec.tied_head else _row_table(take("output.weight"))
-    heads = tuple(head_share(table, *_within(u.vocab, share.vocab, 1), dtype) for u in mine)
+    heads = merged([head_share(table, *_within(u.vocab, share.vocab, 1), dtype) for u in mine])
     if not spec.tied_head and dtype == torch.float32:
         table = None
     factors = vector("rope_freqs.weight") if spec.rope_factors else None

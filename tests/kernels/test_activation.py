@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.activation import silu_mul
+from kernels.activation import gate, silu_mul
 from tests.bits import random, same_bits, torch_threads
 
 EVERY_BF16 = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -68,3 +68,39 @@ def test_fp32_is_right_and_leaves_its_inputs():
     want = gate.double() * torch.sigmoid(gate.double()) * up.double()
     assert ((apply(gate, up).double() - want).abs() <= want.abs() * 2**-20 + 1e-30).all()
     assert same_bits(gate, kept[0]) and same_bits(up, kept[1])
+
+
+def gated(x: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(x) * up, both [units, M, C], by `gate`."""
+    units, m, width = x.shape
+    both = torch.stack((x, up), dim=2).permute(1, 0, 2, 3).reshape(m, -1)
+    out = torch.full((units, m, width), 7.0, dtype=x.dtype)
+    gate(both, out)
+    return out
+
+
+def test_every_bf16_number_is_gated_as_silu_mul_does():
+    """But for infinities, which may end as NaN, and results too small for a normal bf16, which may be 0."""
+    x = EVERY_BF16[EVERY_BF16.isfinite()]
+    x = x[: len(x) // 96 * 96].view(2, -1, 48)
+    up = random(1, *x.shape).bfloat16()
+    got, want = gated(x, up), apply(x, up)
+    small = (x.double() * torch.sigmoid(x.double())).abs() < 2**-125
+    small |= want.double().abs() < 2**-125
+    assert same_bits(got[~small], want[~small])
+    assert (got[small].double().abs() < 2**-120).all()
+    nothing = torch.full((1, 1, 16), float("nan"), dtype=torch.bfloat16)
+    assert gated(nothing, nothing).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("units", "width"), [(1, 16), (3, 512), (2, 43), (8, 3584)])
+def test_gated_rows_and_units_stand_alone(dtype, units, width):
+    m = 33 if width < 1000 else 5
+    x, up = (random(i, units, m, width, dtype=dtype) * 4 for i in (1, 2))
+    with torch_threads(1):
+        alone = torch.cat([gated(x[u : u + 1], up[u : u + 1]) for u in range(units)])
+    for threads in (1, 2, 4):
+        with torch_threads(threads):
+            for n in (1, 2, m):
+                assert same_bits(gated(x[:, -n:], up[:, -n:]), alone[:, -n:])

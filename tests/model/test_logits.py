@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.native import machine
+from runtime.model.load import numerics
 from tests.bits import same_bits
 from tests.model.driver import logits, opened
 from tests.model.reference import Reference, divergence, llama3_frequencies
@@ -46,6 +48,17 @@ def test_every_quant_type(tiny, types):
     want = Reference(path).logits(TOKENS)
     for dtype in ("bf16", "fp32"):
         agree(logits(opened(path, dtype=dtype), TOKENS), want, dtype)
+
+
+def test_torch_serves_where_nothing_is_compiled(tiny, monkeypatch):
+    """As good, under another name."""
+    path = tiny(types=MIXED, hidden=256, ffn=512)
+    model, want = opened(path, dtype="bf16"), Reference(path).logits(TOKENS)
+    here = numerics(model), machine.supported()
+    monkeypatch.setattr(machine, "supported", lambda: False)
+    agree(logits(model, TOKENS), want, "bf16")
+    assert same_bits(logits(model, TOKENS, tp=2), logits(model, TOKENS, chunks=[1, 16, 133]))
+    assert (numerics(model) != here[0]) == here[1]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
