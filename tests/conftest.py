@@ -14,6 +14,7 @@ from tests.support import smollm2_path
 # Tiny models run fastest on one thread, and OpenMP's teams wait for each other by spinning, which is slow
 # where cores are shared. Tests that are about threads set their own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine
 # GPU kernels run on CPU tensors where there is no GPU. Triton looks at this when a kernel is defined.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")

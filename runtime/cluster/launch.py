@@ -127,6 +127,8 @@ class Cluster:
         if ray.is_initialized():
             return
         options = {"log_to_driver": False, "namespace": "tramontane", "logging_level": "ERROR"}
+        # Ray reports usage over the network unless it is told not to; whoever wants that sets the variable.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if address is None:
             options |= {
                 "address": "local",
