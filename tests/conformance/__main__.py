@@ -33,28 +33,33 @@ from tests.conformance.ways import run_way, ways
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
     parser.add_argument("--model", type=Path, help="this file alone, instead of the tiny and the real models")
-    parser.add_argument("--scenarios", type=int, default=300, help="random ones in all, on tiny models")
+    parser.add_argument("--scenarios", type=int, default=300, help="random ones in all")
     parser.add_argument("--seed", type=int, help="of scenarios and shuffles (default: drawn, and printed)")
     parser.add_argument(
-        "--minutes", type=float, help="most time for the scenarios of a model; what ran is counted"
+        "--minutes", type=float, help="most time for a model's scenarios; what ran is counted"
     )
     parser.add_argument("--record", type=Path, help="write what was run and what came of it, as JSON")
     return parser.parse_args()
 
 
-def models(named: Path | None, folder: Path) -> Iterator[tuple[str, Model, bool]]:
-    """(name, model, whether it is tiny). Real models answer fewer requests: they take their time."""
+def models(named: Path | None, folder: Path, scenarios: int) -> Iterator[tuple[str, Model, int]]:
+    """(name, model, how many of the scenarios it plays). Where the real models are among others, they play
+    few, and the large ones answer fewer requests: they take their time."""
     if named is not None:
-        yield named.name, Model(named, count=8), False
+        yield named.name, Model(named, every=3), scenarios
         return
     for name in TINY:
-        yield name, Model(write_tiny(name, folder)), True
+        yield name, Model(write_tiny(name, folder)), -(-scenarios // len(TINY))
     for found in real_paths():
         if isinstance(found, str):
             print(found, flush=True)
             continue
         large = found.stat().st_size > 1 << 24
-        yield found.name, Model(found, count=4 if large else 8, longest=5 if large else 8), False
+        yield (
+            found.name,
+            Model(found, every=5 if large else 3, longest=5 if large else 8),
+            min(20, scenarios // 20),
+        )
 
 
 def main() -> int:
@@ -64,15 +69,13 @@ def main() -> int:
     print(f"seed {seed}", flush=True)
     total, begun, parts = Tally(), time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
-        for name, model, tiny in models(given.model, Path(folder)):
+        for name, model, count in models(given.model, Path(folder), given.scenarios):
             tally, started = Tally(), time.monotonic()
             for way in ways(model):
                 tally.take(run_way(model, way, seed))
             tally.take(run_gateway(model))
             if model.units > 1:
                 tally.take(run_cluster(model, min(3, model.units), seed))
-            # A scenario on a real model takes as long as a hundred on a tiny one.
-            count = -(-given.scenarios // len(TINY)) if tiny else min(20, given.scenarios // 20)
             if count:
                 until = time.monotonic() + 60 * given.minutes if given.minutes else None
                 tally.take(search(model, count, seed, until=until))

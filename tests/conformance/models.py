@@ -77,8 +77,8 @@ def real_paths() -> Iterator[Path | str]:
 class Model:
     """A model that is read once for each number of ranks, its requests, and their plain replies."""
 
-    def __init__(self, path: Path, *, longest: int = 8, count: int | None = None):
-        """`longest`: tokens of a reply. `count`: how many of the requests (None: all)."""
+    def __init__(self, path: Path, *, longest: int = 8, every: int = 1):
+        """`longest`: tokens of a reply. `every`: only every so many-th of the requests."""
         self.path = path
         self.config = ModelConfig(str(path))
         self.opened = open_model(self.config)
@@ -87,7 +87,7 @@ class Model:
         self.tokenizer = load_tokenizer(self.opened.checkpoint.metadata, file=str(path))
         self.requests: list[Request] = request_list(
             self.tokenizer.encode, self.opened.spec.vocab, self.context, longest=longest
-        )[:count]
+        )[::every]
         self._shards: dict[int, list] = {}
         self._reading = threading.Lock()
 

@@ -44,6 +44,8 @@ def scenarios(model: Model) -> st.SearchStrategy[Scenario]:
         # Sequences that grow to several times what they began with: in a small room they take it from each
         # other, again and again.
         by_growth = sorted(any_request, key=lambda i: len(model.requests[i].prompt))
+        # Every number of ranks, the small ones twice as often.
+        ranks = sorted([*range(1, model.units + 1), *range(1, min(3, model.units) + 1)])
         tight = draw(st.sampled_from([False, False, True]))
         if tight:
             crowd, block = 0, 4
@@ -59,7 +61,7 @@ def scenarios(model: Model) -> st.SearchStrategy[Scenario]:
         rooms = [begun, begun + 1, begun // 2, 0] if tight else [64 * model.context // block, begun]
         rooms += [] if crowd else [0]
         return Scenario(
-            tp=draw(st.sampled_from([1, 1, 2, min(3, model.units), *range(1, model.units + 1)])),
+            tp=draw(st.sampled_from(ranks)),
             block_size=block,
             total_blocks=max(largest, draw(st.sampled_from(rooms))),
             max_num_seqs=64 if tight else draw(st.sampled_from([64, 8, 3, 2])),

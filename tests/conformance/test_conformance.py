@@ -69,7 +69,7 @@ def test_on_ray(models, local_ray):
 
 @pytest.mark.parametrize("file", ["stories260K.f32", "stories260K-pad256.Q4_K_M"])
 def test_a_trained_model(file):
-    model = Model(fixture_path(f"stories260K/{file}.gguf"), count=8)
+    model = Model(fixture_path(f"stories260K/{file}.gguf"), every=3)
     tally = Tally()
     for way in list(ways(model))[:: 3 if "f32" in file else 4]:
         tally.take(run_way(model, way, SEED))
@@ -98,7 +98,7 @@ def test_padded_smollm2():
 
 
 def large(path: Path) -> None:
-    model, tally = Model(path, count=4, longest=5), Tally()
+    model, tally = Model(path, every=5, longest=5), Tally()
     for way in LARGE:
         tally.take(run_way(model, way, SEED))
     tally.take(search(model, 2, SEED))
