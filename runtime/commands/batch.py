@@ -10,39 +10,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tramontane
+from runtime.commands.batch_answers import (
+    Answer,
+    Answerers,
+    as_ours,
+    by_client,
+    by_pipeline,
+    failure_of,
+    retry_after,
+)
 from runtime.commands.batch_files import Requests, Results
-from runtime.commands.batch_lines import Ask, Failure, failure_line, form_of, parse, refusal, reply_line
+from runtime.commands.batch_lines import failure_line, form_of, parse, reply_line
 from runtime.commands.engines import open_front, preview, start_engine
 from runtime.commands.failures import Terminated
 from runtime.commands.output import watched, write_json, write_line
 from runtime.commands.remote import check_target
 from runtime.config import ServeConfig
-from runtime.errors import InvalidArgument, NotFound, QueueFull, TramontaneError, Unavailable
-from runtime.server import convert
-from runtime.server.pipeline import Pipeline
-from runtime.types import FinishReason
-from tramontane import messages as make
-from tramontane.gathered import Gathered
+from runtime.errors import InvalidArgument, TramontaneError, Unavailable
 from tramontane.retry import RESUMES
 from tramontane.types import Reply
 
 SHARED_RESUMES = 3  # see tramontane.retry; under a second
 DRAIN_SECONDS = 30.0  # what running requests have to finish in after a signal
-
-Answer = Callable[[Ask], Awaitable[Reply]]
-"""Raises Unavailable (either library's) where nobody is left to ask; other errors are the request's own."""
-Answerers = Callable[[], AbstractAsyncContextManager[Sequence[Answer]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def batch_model(
             @asynccontextmanager
             async def answerers() -> AsyncIterator[Sequence[Answer]]:
                 async with running.connect() as client:
-                    yield [_by_pipeline(front.pipeline(client, running.info))]
+                    yield [by_pipeline(front.pipeline(client, running.info))]
 
             yield answerers
 
@@ -101,7 +100,7 @@ def batch_targets(targets: Sequence[str], work: Work, *, as_json: bool) -> None:
                 await stack.enter_async_context(tramontane.AsyncClient(each, resumes=resumes))
                 for each in targets
             ]
-            yield [_by_client(client) for client in clients]
+            yield [by_client(client) for client in clients]
 
     _batch(work, lambda: contextlib.nullcontext(answerers), as_json)
 
@@ -133,44 +132,6 @@ def _batch(
         raise TramontaneError(
             f"{sum(finished)} of {len(wanted)} requests failed; their lines in {work.results} say why"
         )
-
-
-# ---- who answers ----------------------------------------------------------------------------------------
-
-
-def _by_pipeline(pipeline: Pipeline) -> Answer:
-    """As the gRPC service does it, without the wire."""
-
-    async def answer(ask: Ask) -> Reply:
-        if ask.messages is not None:
-            request = make.chat_request(ask.messages, ask.options)
-        else:
-            request = make.prompt_request(ask.prompt, ask.options)
-        served = pipeline.info.model
-        if request.model not in ("", served):
-            raise NotFound("model", request.model, f"this engine serves {served!r}")
-        name = secrets.token_hex(8)
-        gathered = Gathered(request)
-        async with aclosing(pipeline.run(convert.completion(request, name, None))) as pieces:
-            async for piece in pieces:
-                gathered.add(convert.response(piece, name, served))
-                if piece.final and piece.final.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
-                    raise Unavailable(piece.final.detail or "the engine failed")
-        reply = gathered.reply(0)
-        if reply is None:
-            raise Unavailable("the engine ended a reply without saying so")
-        return reply
-
-    return answer
-
-
-def _by_client(client: tramontane.AsyncClient) -> Answer:
-    async def answer(ask: Ask) -> Reply:
-        if ask.messages is not None:
-            return await client.chat(ask.messages, **ask.options)
-        return await client.generate(ask.prompt, **ask.options)
-
-    return answer
 
 
 # ---- running ----------------------------------------------------------------------------------------------
@@ -207,7 +168,7 @@ class _Run:
     async def all(self, answers: Sequence[Answer], signals: asyncio.Queue[int]) -> BaseException | None:
         """Until nothing is left, a signal has come, or nobody answers any more. What the last two were."""
         try:
-            return _as_ours(await self._all(list(answers), signals))
+            return as_ours(await self._all(list(answers), signals))
         finally:
             await asyncio.gather(*self._writes, return_exceptions=True)
 
@@ -281,9 +242,9 @@ class _Run:
                 reply = await answer(ask)
                 return reply_line(ask, reply, int(time.time())), reply
             except (TramontaneError, tramontane.Error) as error:
-                wait = _wait(error)
+                wait = retry_after(error)
                 if wait is None:
-                    return failure_line(value["custom_id"], form_of(value), _failure(error)), None
+                    return failure_line(value["custom_id"], form_of(value), failure_of(error)), None
             await asyncio.sleep(wait)
 
     async def _write(self, line: dict[str, Any]) -> None:
@@ -301,31 +262,6 @@ class _Run:
                 await asyncio.to_thread(self._results.append, lines)
             for _ in lines:
                 self._advance()
-
-
-def _wait(error: Exception) -> float | None:
-    """Seconds after which a request may be made again; None where that would change nothing."""
-    if isinstance(error, Unavailable | tramontane.Unavailable):
-        raise error
-    if isinstance(error, QueueFull | tramontane.Overloaded):
-        return error.retry_after
-    return None
-
-
-def _failure(error: Exception) -> Failure:
-    match error:
-        case InvalidArgument() | tramontane.InvalidRequest():
-            return refusal(str(error))
-        case NotFound() | tramontane.ModelNotFound():
-            return Failure(404, "model_not_found", str(error), "model")
-        case tramontane.DeadlineExceeded():
-            return Failure(504, "timeout", str(error))
-        case _:
-            return Failure(500, "server_error", " ".join(str(error).split())[:600])
-
-
-def _as_ours(ended: BaseException | None) -> BaseException | None:
-    return Unavailable(ended.message) if isinstance(ended, tramontane.Unavailable) else ended
 
 
 @contextmanager

@@ -84,10 +84,10 @@ def test_heads_that_cut_a_super_group(tmp_path):
     check_all_degrees(open_model(ModelConfig(str(path)), "cuda"))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_packed_folders(tmp_path, symmetric):
+@pytest.mark.parametrize(("method", "symmetric"), [("gptq", False), ("gptq", True), ("awq", False)])
+def test_packed_folders(tmp_path, method, symmetric):
     model = write_tiny_llama(tmp_path / "m.gguf", hidden=128, ffn=256)
-    folder = write_tiny_packed(tmp_path / "m", model, "gptq", group=64, symmetric=symmetric)
+    folder = write_tiny_packed(tmp_path / "m", model, method, group=64, symmetric=symmetric)
     check_all_degrees(open_model(ModelConfig(str(folder)), "cuda"))
 
 
