@@ -4,13 +4,15 @@
     python bench/gpu/linear.py --tune                   finds tilings and writes kernels/gpu/tuned/GPU.json
 
 Medians over graph replays that go through enough copies of the weights to miss the cache; shares are of the
-run's own copy bandwidth (decode) and of its own bf16 product (prefill). Peers are measured where they are
+run's own copy bandwidth (decode) and of its own bf16 product (prefill); "free order" is the same kernel without
+the rule's chunks and trees. Peers are measured where they are
 installed: torch's tinygemm (int4), bf16 torch.mm. Needs torch and triton alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.gpu import shapes
 from bench.gpu.shapes import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, UNITS, random_weight
 from bench.gpu.timing import captured, copy_bandwidth, matmul_rate, median_ms, report, require_gpu, show
+from kernels.gpu import chunks
 from kernels.gpu.linear import gated_linear, linear
 from kernels.gpu.tuning import Tiling, save, shape_name, tiling_for
 
@@ -84,11 +87,27 @@ def measure(kinds: list[str], repeats: int) -> Iterator[dict]:
             row["share_of_copy"] = round(moved / (ms * 1e-3) / copy, 3)
         row["share_of_bf16"] = round(flops / (ms * 1e-3) / matmul, 3)
         row["tiling"] = f"{tiling.weights}x{tiling.tokens} w{tiling.warps} s{tiling.stages} /{tiling.split}"
+        if tokens in (16, 2048):
+            with free_order():
+                row["free_order_us"] = round(timed(shape, kind, tokens, tiling, repeats)[0] * 1e3, 1)
         row |= peers(shape, tokens, repeats) if kind == "int4 g128" else {}
         print(row, file=sys.stderr, flush=True)
         yield row
         del weights
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def free_order() -> Iterator[None]:
+    """Without the rule, for its cost: K in one run, units one after another, other bits."""
+    kept = chunks.CHUNK, chunks.merges
+    chunks.CHUNK, chunks.merges = 1 << 30, lambda n: (0,) + (1,) * (n - 1)
+    chunks.schedule.cache_clear()
+    try:
+        yield
+    finally:
+        chunks.CHUNK, chunks.merges = kept
+        chunks.schedule.cache_clear()
 
 
 def peers(shape: Shape, tokens: int, repeats: int) -> dict[str, float]:
