@@ -5,8 +5,8 @@
 
 Medians over graph replays that go through enough copies of the weights to miss the cache; shares are of the
 run's own copy bandwidth (decode) and of its own bf16 product (prefill). "Free order" is the same kernel
-without the rule's chunks and trees. Peers are measured where they are installed: torch's tinygemm (int4), bf16
-torch.mm. Needs torch and triton alone.
+without the rule's chunks and trees. Peers are measured where they are installed: torch's tinygemm (int4),
+bf16 torch.mm. Needs torch and triton alone.
 """
 
 from __future__ import annotations
