@@ -9,20 +9,16 @@ producer has just left them there, so that small ones are read faster. Needs tor
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.gpu.timing import captured, copy_bandwidth, median_ms, report, require_gpu, show
 from kernels.gpu.activation import silu_mul_fold
 from kernels.gpu.embedding import embed
 from kernels.gpu.norm import add_norm
@@ -155,56 +151,20 @@ def cases() -> Iterator[tuple[str, Case]]:
             yield f"sample {vocabulary}, {name}", sample_case(vocabulary, *settings)
 
 
-def captured(calls: list[Callable[[], None]]) -> Callable[[], None]:
-    """All calls as one graph; they have run once before, so that nothing compiles during the capture."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
-
-
-def median_us(run: Callable[[], None], repeats: int) -> float:
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-    return statistics.median(times)
-
-
-def copy_bandwidth(repeats: int) -> float:
-    """Bytes a second of torch's own copy, read and written counted."""
-    source = torch.empty(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    run = captured([lambda: target.copy_(source)])
-    return 2 * source.nbytes / (median_us(run, repeats) * 1e-6)
-
-
 def measured(case: Case, rows: int, repeats: int) -> tuple[float, int]:
     """Median microseconds a call, and bytes a call."""
     first = case(rows)
     copies = max(1, min(CALLS, COLD // max(1, first[1])))
     calls = [first[0], *(case(rows)[0] for _ in range(copies - 1))]
-    return median_us(captured(calls), repeats) / copies, first[1]
+    return 1e3 * median_ms(captured(calls), repeats) / copies, first[1]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--only", default="", help="operations whose name holds this")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench/gpu/small.py: torch sees no CUDA device; nothing was timed", file=sys.stderr)
-        return 2
+    require_gpu("bench/gpu/small.py")
     torch.manual_seed(0)
     ceiling = copy_bandwidth(arguments.repeats)
     results = []
@@ -227,21 +187,8 @@ def main() -> int:
             )
             print(f"{name}, {rows} rows: {us:.1f} us", file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        },
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "copy_gb_s": round(ceiling * 1e-9, 1),
-        "results": results,
-    }
-    print(json.dumps(report, indent=1))
-    return 0
+    show(report(results, copy_gb_s=round(ceiling * 1e-9, 1)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
