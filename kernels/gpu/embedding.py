@@ -12,37 +12,16 @@ gives zeros for tokens it does not hold, so that shards add up to the row. Knows
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import triton
 import triton.language as tl
 
 from kernels.gpu.launch import check, launch, same_device
+from kernels.gpu.planar import Planar
 
 _COLUMNS = 1024  # a program's; no sum runs across them
 _WARPS = 4
 _DENSE = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class Quantised(Protocol):
-    """rows x cols weights in the planar form. planes: [rows, ceil(cols / 128) * 8 * b] int16 (int8 codes,
-    128 a block, for 8 bits), low bits of the codes first. d, m: fp16 [rows, cols / super_group]; sub_scales
-    and sub_mins (uint8 or int8): [rows, cols / group]; m, sub_scales and sub_mins may be None. paired:
-    sub_scales holds a scale in its low and a minimum in its high nibble."""
-
-    rows: int
-    cols: int
-    bits: tuple[int, ...]
-    zero_point: int
-    group: int
-    super_group: int
-    planes: tuple[torch.Tensor, ...]
-    d: torch.Tensor
-    m: torch.Tensor | None
-    sub_scales: torch.Tensor | None
-    sub_mins: torch.Tensor | None
-    paired: bool
 
 
 @triton.jit
@@ -120,7 +99,7 @@ def embed_dense_kernel(table_ptr, tokens_ptr, out_ptr, first, rows, H: tl.conste
     tl.store(out_ptr + at * H + column, x, mask=column < H)
 
 
-def embed(table: torch.Tensor | Quantised, tokens: torch.Tensor, out: torch.Tensor, first: int = 0) -> None:
+def embed(table: torch.Tensor | Planar, tokens: torch.Tensor, out: torch.Tensor, first: int = 0) -> None:
     """out[i] = the row of token tokens[i], fp32 [M, H], overwritten.
 
     table: fp16, bf16 or fp32 [V, H], or planar. Its first row is token `first`; tokens that it does not hold
@@ -170,7 +149,7 @@ def embed(table: torch.Tensor | Quantised, tokens: torch.Tensor, out: torch.Tens
     )
 
 
-def _check_planar(table: Quantised) -> None:
+def _check_planar(table: Planar) -> None:
     bits, rows, cols = tuple(table.bits), table.rows, table.cols
     if bits not in ((8,), (4,), (2,), (1,), (4, 1), (4, 2), (2, 1)) or len(table.planes) != len(bits):
         raise ValueError(f"embed: {len(table.planes)} planes of {bits} bits")

@@ -25,7 +25,10 @@ _PLANES = {(4,): (4, 0), (4, 1): (4, 1), (4, 2): (4, 2), (2,): (2, 0), (2, 1): (
 
 
 class Planar(Protocol):
-    """What is taken: the planar form, whoever made it."""
+    """rows x cols weights in the planar form. planes: [rows, ceil(cols / 128) * 8 * b] int16 (int8 codes,
+    128 a block, for 8 bits), low bits of the codes first. d, m: fp16 [rows, cols / super_group]; sub_scales
+    and sub_mins (uint8 or int8): [rows, cols / group]; m, sub_scales and sub_mins may be None. paired:
+    sub_scales holds a scale in its low and a minimum in its high nibble."""
 
     rows: int
     cols: int
