@@ -100,7 +100,7 @@ def build_shard(
     embedding = _row_table(take("token_embd.weight"))
     output_norm = vector("output_norm.weight")
     table = embedding if spec.tied_head else _row_table(take("output.weight"))
-    heads = merged([head_share(table, *_within(u.vocab, share.vocab, 1), dtype) for u in mine])
+    heads = merged([head_share(table, *within(u.vocab, share.vocab, 1), dtype) for u in mine])
     if not spec.tied_head and dtype == torch.float32:
         table = None
     factors = vector("rope_freqs.weight") if spec.rope_factors else None
@@ -108,18 +108,18 @@ def build_shard(
     for i in range(spec.layers):
         name = f"blk.{i}.{{}}.weight".format
         attention_norm = vector(name("attn_norm"))
-        order = None if spec.half_split_rope else _half_split_order(spec.head_dim)
-        q = _reorder(take(name("attn_q")), order)
-        k = _reorder(take(name("attn_k")), order)
-        q_spans = [_within(u.heads, share.heads, spec.head_dim) for u in mine]
-        kv_spans = [_within(u.kv_heads, share.kv_heads, spec.head_dim) for u in mine]
+        order = None if spec.half_split_rope else half_split_order(spec.head_dim)
+        q = reorder(take(name("attn_q")), order)
+        k = reorder(take(name("attn_k")), order)
+        q_spans = [within(u.heads, share.heads, spec.head_dim) for u in mine]
+        kv_spans = [within(u.kv_heads, share.kv_heads, spec.head_dim) for u in mine]
         qkv = pack.columns([(q, q_spans), (k, kv_spans), (take(name("attn_v")), kv_spans)], "qkv")
         whole = take(name("attn_output"))
         output = pack.inputs([select_cols(whole, span) for span in q_spans], "attention_output")
         ffn_norm = vector(name("ffn_norm"))
         ffn: tuple[FeedForward, ...] = ()
         if share.ffn[0] < share.ffn[1]:
-            spans = [_within(u.ffn, share.ffn, 1) for u in mine]
+            spans = [within(u.ffn, share.ffn, 1) for u in mine]
             gate, up = take(name("ffn_gate")), take(name("ffn_up"))
             down = [take(name("ffn_down")) if start < stop else None for start, stop in spans]
             ffn = _feed_forward(gate, up, down, spans, pack)
@@ -151,23 +151,23 @@ def _feed_forward(
     )
 
 
-def _within(part: Span, whole: Span, factor: int) -> Span:
+def within(part: Span, whole: Span, factor: int) -> Span:
     """`part` counted from the start of `whole`, in units of 1 / factor."""
     return (part[0] - whole[0]) * factor, (part[1] - whole[0]) * factor
 
 
-def _half_split_order(head_dim: int) -> Callable[[int], torch.Tensor]:
+def half_split_order(head_dim: int) -> Callable[[int], torch.Tensor]:
     """Row order that turns heads of interleaved pairs (2j, 2j + 1) into halves (j, j + D/2)."""
-    within = torch.cat((torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)))
+    order_within = torch.cat((torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)))
 
     def order(rows: int) -> torch.Tensor:
         heads = torch.arange(0, rows, head_dim)
-        return (heads[:, None] + within).reshape(-1)
+        return (heads[:, None] + order_within).reshape(-1)
 
     return order
 
 
-def _reorder(value: Loaded, order: Callable[[int], torch.Tensor] | None) -> Loaded:
+def reorder(value: Loaded, order: Callable[[int], torch.Tensor] | None) -> Loaded:
     if order is None:
         return value
     return select(value, order(row_count(value)))

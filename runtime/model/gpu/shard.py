@@ -13,7 +13,7 @@ import torch
 from kernels.gpu.planar import PlanarWeight, prepare, prepare_dense
 from runtime.model.layout import RunShare
 from runtime.model.packing import Loaded, select_cols
-from runtime.model.shard import _half_split_order, _reorder, _within
+from runtime.model.shard import half_split_order, reorder, within
 from runtime.model.spec import ModelSpec
 from runtime.model.units import Span, Unit, subtrees
 from runtime.weights.plan import Slice
@@ -116,16 +116,16 @@ def build_gpu_shard(
     def layer(index: int) -> GpuLayer:
         name = f"blk.{index}.{{}}.weight".format
         attention_norm = vector(name("attn_norm"))
-        order = None if spec.half_split_rope else _half_split_order(spec.head_dim)
-        q, k = (_reorder(take(name(role)), order) for role in ("attn_q", "attn_k"))
+        order = None if spec.half_split_rope else half_split_order(spec.head_dim)
+        q, k = (reorder(take(name(role)), order) for role in ("attn_q", "attn_k"))
         qkv = _side_by_side([q, k, take(name("attn_v"))])
         whole = take(name("attn_output"))
-        spans = [_within(u.heads, share.heads, spec.head_dim) for u in mine]
+        spans = [within(u.heads, share.heads, spec.head_dim) for u in mine]
         output = _row_parallel([select_cols(whole, span) for span in spans], spans, run, len(units))
         ffn_norm = vector(name("ffn_norm"))
         gate = up = None
         parts: list[Loaded | None] = [None] * len(mine)
-        spans = [_within(u.ffn, share.ffn, 1) for u in mine]
+        spans = [within(u.ffn, share.ffn, 1) for u in mine]
         if share.ffn[0] < share.ffn[1]:
             gate, up = (_prepared([take(name(role))]) for role in ("ffn_gate", "ffn_up"))
             parts = [take(name("ffn_down")) if start < stop else None for start, stop in spans]
