@@ -36,10 +36,11 @@ class Launched:
     step: int
     chunks: list[Chunk]  # those that sample
     sequences: list[_Sequence]  # theirs; a slot may belong to another by the time they are collected
-    tokens: torch.Tensor | None  # on the device, at rank 0
+    tokens: torch.Tensor | None  # at rank 0; these three are host tensors, filled once `done`
     logprobs: torch.Tensor | None
     tops: dict[int, torch.Tensor]  # logits of rows whose alternatives are wanted
     scores: tuple[tuple[TokenScore, ...], ...]
+    done: torch.cuda.Event | None
 
 
 @dataclass(slots=True)
@@ -107,17 +108,22 @@ class GpuRunner:
         if scored and logits is not None:
             scores = self._scores(scored, logits[len(chosen) :])
             logits = logits[: len(chosen)]
-        tokens = logprobs = None
+        tokens = logprobs = done = None
         tops: dict[int, torch.Tensor] = {}
         if chosen and self.comm.rank == 0:
             for row, sequence in enumerate(sequences):
                 if sequence.logprobs:
-                    tops[row] = logits[row].clone()
+                    tops[row] = _to_host(logits[row])
             slots, positions = [c.slot for c in chosen], [c.start + c.length for c in chosen]
             tokens, logprobs = self._sampler.sample(logits.contiguous(), slots, positions)
+            # Copied here, not when they are collected: a later copy would queue behind the next plan.
+            tokens, logprobs = _to_host(tokens), None if logprobs is None else _to_host(logprobs)
+            if self.forward.shard.device.type == "cuda":
+                done = torch.cuda.Event()
+                done.record()
         for sequence in sequences:
             sequence.tokens.append(None)
-        return Launched(plan.step, chosen, sequences, tokens, logprobs, tops, scores)
+        return Launched(plan.step, chosen, sequences, tokens, logprobs, tops, scores, done)
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> StepResult:
@@ -125,8 +131,10 @@ class GpuRunner:
         chunks = launched.chunks
         if not chunks:
             return StepResult(launched.step, (), launched.scores)
+        if launched.done is not None:
+            launched.done.synchronize()
         if launched.tokens is not None:
-            ids = launched.tokens.long().cpu()
+            ids = launched.tokens.long()
             if self.comm.size > 1:
                 self.comm.broadcast(ids.view(torch.uint8), ids.nbytes)
         else:
@@ -193,7 +201,8 @@ class GpuRunner:
             self.forward.logits(batch)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may be waiting for the last plan's tokens, which is no part of the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self.forward.logits(batch)
         return _Captured(graph, batch, logits)
 
@@ -255,3 +264,11 @@ class GpuRunner:
             device(sampled + scored),
             longest,
         )
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory; from a GPU it is under way when this returns."""
+    if not values.is_cuda:
+        return values.clone()
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
