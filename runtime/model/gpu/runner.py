@@ -36,9 +36,8 @@ class Launched:
     step: int
     chunks: list[Chunk]  # those that sample
     sequences: list[_Sequence]  # theirs; a slot may belong to another by the time they are collected
-    tokens: torch.Tensor | None  # at rank 0; these three are host tensors, filled once `done`
-    logprobs: torch.Tensor | None
-    tops: dict[int, torch.Tensor]  # logits of rows whose alternatives are wanted
+    tokens: torch.Tensor | None  # at rank 0; these two are host tensors, filled once `done`
+    logits: dict[int, torch.Tensor]  # of rows whose logprobs are wanted: scored as given tokens are
     scores: tuple[tuple[TokenScore, ...], ...]
     done: torch.cuda.Event | None
 
@@ -108,22 +107,21 @@ class GpuRunner:
         if scored and logits is not None:
             scores = self._scores(scored, logits[len(chosen) :])
             logits = logits[: len(chosen)]
-        tokens = logprobs = done = None
-        tops: dict[int, torch.Tensor] = {}
+        tokens = done = None
+        kept: dict[int, torch.Tensor] = {}
         if chosen and self.comm.rank == 0:
             for row, sequence in enumerate(sequences):
-                if sequence.logprobs:
-                    tops[row] = _to_host(logits[row])
+                if sequence.logprobs is not None:
+                    kept[row] = _to_host(logits[row])
             slots, positions = [c.slot for c in chosen], [c.start + c.length for c in chosen]
-            tokens, logprobs = self._sampler.sample(logits.contiguous(), slots, positions)
             # Copied here, not when they are collected: a later copy would queue behind the next plan.
-            tokens, logprobs = _to_host(tokens), None if logprobs is None else _to_host(logprobs)
+            tokens = _to_host(self._sampler.sample(logits.contiguous(), slots, positions))
             if self.forward.shard.device.type == "cuda":
                 done = torch.cuda.Event()
                 done.record()
         for sequence in sequences:
             sequence.tokens.append(None)
-        return Launched(plan.step, chosen, sequences, tokens, logprobs, tops, scores, done)
+        return Launched(plan.step, chosen, sequences, tokens, kept, scores, done)
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> StepResult:
@@ -139,7 +137,6 @@ class GpuRunner:
                 self.comm.broadcast(ids.view(torch.uint8), ids.nbytes)
         else:
             ids = self.comm.broadcast(None, 8 * len(chunks)).view(torch.int64)
-        logprobs = None if launched.logprobs is None else launched.logprobs.tolist()
         found = []
         for row, (chunk, sequence, token) in enumerate(
             zip(chunks, launched.sequences, ids.tolist(), strict=True)
@@ -147,15 +144,11 @@ class GpuRunner:
             if token < 0:
                 raise ValueError(f"slot {chunk.slot}: its logits hold NaN or infinity, or allow no token")
             sequence.tokens[chunk.start + chunk.length] = token
-            if sequence.logprobs is None or logprobs is None:
+            if row not in launched.logits:
                 found.append(SampledToken(chunk.slot, token))
                 continue
-            top = (
-                score(launched.tops[row][None], [token], sequence.logprobs)[0].top
-                if sequence.logprobs
-                else ()
-            )
-            found.append(SampledToken(chunk.slot, token, logprobs[row], top))
+            (scored,) = score(launched.logits[row][None], [token], sequence.logprobs)
+            found.append(SampledToken(chunk.slot, token, scored.logprob, scored.top))
         return StepResult(launched.step, tuple(found), launched.scores)
 
     def _begin(self, start: SequenceStart) -> _Sequence:

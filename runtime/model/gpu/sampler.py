@@ -1,8 +1,8 @@
 """Chooses the next tokens on the device, so that a step can start before the host has seen the last one's.
 
 Computes what `runtime.sampling` defines: bias and penalties from a table with a row a slot, filters, and
-Gumbel-max with the same noise. What differs is one sum, top-p's mass, which is fp32 here. Logprobs of the
-chosen tokens are made here too; alternatives are read off the logits by the host, where a request asks.
+Gumbel-max with the same noise. What differs is one sum, top-p's mass, which is fp32 here. Logprobs are read
+off the logits by the host, where a request asks, as those of given tokens are.
 """
 
 from __future__ import annotations
@@ -66,12 +66,9 @@ class DeviceSampler:
         self._table.frequency[start.slot] = params.frequency_penalty
         self._table.missing[start.slot] = missing
 
-    def sample(
-        self, logits: torch.Tensor, slots: list[int], positions: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def sample(self, logits: torch.Tensor, slots: list[int], positions: list[int]) -> torch.Tensor:
         """Tokens int32 [M] for rows of logits fp32 [M, V] of `slots`, to stand at `positions`; each becomes
-        its slot's newest. With them fp32 [M] raw logprobs, where any of the slots asks for such. A token of
-        -1: the row held no number to choose by."""
+        its slot's newest. A token of -1: the row held no number to choose by."""
         chosen = [self._params[slot] for slot in slots]
         if len(slots) > len(self._workspace.peaks):
             self._workspace = Workspace.make(1 << len(slots).bit_length(), self._vocab, self._device)
@@ -89,21 +86,17 @@ class DeviceSampler:
             column([choice for _, choice, _ in chosen], torch.int32),
         )
         tokens = torch.empty(len(slots), dtype=torch.int32, device=self._device)
-        logprobs = None
-        if any(p.logprobs is not None for p, _, _ in chosen):
-            logprobs = torch.empty(len(slots), dtype=torch.float32, device=self._device)
         at = column(slots, torch.int64)
         touched = any(touched for _, _, touched in chosen)
-        raw = None
         if touched:
             states = column([s if t else -1 for s, (_, _, t) in zip(slots, chosen, strict=True)], torch.int64)
-            raw, logits = logits, logits.clone()
+            logits = logits.clone()
             adjust(logits, self._table, states)
-        sample(logits, settings, self._workspace, tokens, logprobs, raw)
+        sample(logits, settings, self._workspace, tokens)
         if touched:
             remember(tokens, self._table, states)
         self.last.index_copy_(0, at, tokens)
-        return tokens, logprobs
+        return tokens
 
     def _grow(self, rows: int, entries: int, stops: int) -> None:
         """Make the table hold as much, keeping what it holds."""
