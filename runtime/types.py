@@ -100,7 +100,11 @@ class Chunk:
     to the ranks. `new_blocks` are appended to the slot's block table before the step; the first chunk of
     a slot brings its cached blocks too. If `samples`, the token at position start + length is sampled
     from the last row. If `scores`, every row says what it thought of the token after it, which is known,
-    and names the `params.logprobs` most likely ones."""
+    and names the `params.logprobs` most likely ones.
+
+    A chunk that samples may carry guesses at what follows: `drafts`, or as many of the ranks' draft model as
+    `guesses` says. They run as further rows, and each row samples as long as the guesses before it were right:
+    1 to 1 + guesses tokens come of such a chunk."""
 
     slot: int
     start: int
@@ -108,6 +112,8 @@ class Chunk:
     new_blocks: tuple[int, ...]
     samples: bool
     scores: bool = False
+    drafts: tuple[int, ...] = ()
+    guesses: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +147,8 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`tokens` has one entry for each chunk with `samples`, in the plan's order; `scores` one for each chunk
-    with `scores`, of the chunk's length."""
+    """`tokens` has one entry for each chunk with `samples`, in the plan's order, and after it one more for each
+    guess that was right; `scores` one for each chunk with `scores`, of the chunk's length."""
 
     step: int
     tokens: tuple[SampledToken, ...]
@@ -189,6 +195,8 @@ class Finished:
     detail: str = ""  # for ERROR: one line
     choice: int = 0
     last: bool = True  # no other reply of the request is left
+    drafted_tokens: int = 0  # guessed ahead by speculation
+    accepted_tokens: int = 0  # of those, the ones that were right
 
 
 Output = TokenOutput | ScoreOutput | Finished
@@ -208,6 +216,8 @@ class Load:
     prefix_hit_tokens: int
     prefix_query_tokens: int
     preemptions: int
+    drafted_tokens: int = 0  # guessed ahead by speculation
+    accepted_tokens: int = 0  # of those, the ones that were right
 
 
 @dataclass(frozen=True, slots=True)
