@@ -102,9 +102,9 @@ class Chunk:
     from the last row. If `scores`, every row says what it thought of the token after it, which is known,
     and names the `params.logprobs` most likely ones.
 
-    A chunk that samples may carry guesses at what follows: `drafts`, or as many of the ranks' draft model as
-    `guesses` says. They run as further rows, and each row samples as long as the guesses before it were right:
-    1 to 1 + guesses tokens come of such a chunk."""
+    A chunk that samples may carry guesses at what follows: `drafts`, or as many of the ranks' draft model
+    as `guesses` says. They run as further rows, and each row samples as long as the guesses before it were
+    right: one token comes of such a chunk at least, one more than it has guesses at most."""
 
     slot: int
     start: int
@@ -147,8 +147,8 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`tokens` has one entry for each chunk with `samples`, in the plan's order, and after it one more for each
-    guess that was right; `scores` one for each chunk with `scores`, of the chunk's length."""
+    """`tokens` has one entry for each chunk with `samples`, in the plan's order, and after it one more for
+    each guess that was right; `scores` one for each chunk with `scores`, of the chunk's length."""
 
     step: int
     tokens: tuple[SampledToken, ...]
