@@ -1,7 +1,8 @@
 """Executes step plans on one rank: keeps the state of sequences, runs the model, samples.
 
 Every rank holds every sequence's tokens and block table; rank 0 samples and tells the others. A plan may
-name tokens that its maker does not know yet: they were sampled here, by an earlier plan.
+name tokens that its maker does not know yet: they were sampled here, by an earlier plan. Tokens that a plan
+guesses run along as further rows; what was computed for wrong guesses is written over by what really follows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kernels.attention import (
 from runtime.model.communicator import Communicator
 from runtime.model.forward import Batch, Forward
 from runtime.model.shard import Shard
-from runtime.sampling.sampler import SamplerState, sample
+from runtime.sampling.sampler import SamplerState, sample_ahead
 from runtime.sampling.score import score
 from runtime.types import Chunk, SampledToken, SequenceStart, StepPlan, StepResult, TokenScore
 
@@ -76,27 +77,26 @@ class Runner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one plan. Rank 0 returns what was sampled; the others return the tokens alone."""
+        self._apply(plan)
+        if not plan.chunks:
+            return StepResult(plan.step, ())
+        chunks = plan.chunks
+        hidden = self.forward.hidden(self._batch(chunks))
+        chosen = [chunk for chunk in chunks if chunk.samples]
+        rows = sum(1 + len(chunk.drafts) for chunk in chosen)
+        scores = self._scores([chunk for chunk in chunks if chunk.scores], hidden[rows:])
+        sampled = self._sample(chosen, self.forward.logits(hidden[:rows])) if chosen else ()
+        self._take(sampled)
+        return StepResult(plan.step, sampled, scores)
+
+    def _apply(self, plan: StepPlan) -> None:
+        """What a plan says of slots and blocks, before anything is computed."""
         for slot in plan.ends:
             del self._sequences[slot]
         for start in plan.starts:
             self._sequences[start.slot] = self._begin(start)
         for chunk in plan.chunks:
             self._sequences[chunk.slot].blocks.extend(chunk.new_blocks)
-        if not plan.chunks:
-            return StepResult(plan.step, ())
-        hidden = self.forward.hidden(self._batch(plan.chunks))
-        chosen = [chunk for chunk in plan.chunks if chunk.samples]
-        scores = self._scores([chunk for chunk in plan.chunks if chunk.scores], hidden[len(chosen) :])
-        if not chosen:
-            return StepResult(plan.step, (), scores)
-        logits = self.forward.logits(hidden[: len(chosen)])
-        sampled = self._sample(chosen, logits)
-        for choice in sampled:
-            sequence = self._sequences[choice.slot]
-            sequence.tokens.append(choice.token)
-            if sequence.sampler is not None:
-                sequence.sampler.append(choice.token)
-        return StepResult(plan.step, sampled, scores)
 
     def _begin(self, start: SequenceStart) -> _Sequence:
         sampler = None
@@ -106,19 +106,35 @@ class Runner:
             sampler = SamplerState(start.params, prompt, reply, start.stop_ids, vocab, start.choice)
         return _Sequence(list(start.tokens), sampler, start.params.logprobs is not None)
 
+    def _take(self, sampled: tuple[SampledToken, ...]) -> None:
+        """What was sampled is known from now on."""
+        for choice in sampled:
+            self._sequences[choice.slot].tokens.append(choice.token)
+
     def _sample(self, chunks: list[Chunk], logits: torch.Tensor | None) -> tuple[SampledToken, ...]:
-        if logits is not None:
-            states = [self._sequences[chunk.slot].sampler for chunk in chunks]
-            choices = sample(logits, states, [chunk.start + chunk.length for chunk in chunks])
-            if self.comm.size > 1:
-                ids = torch.tensor([choice.token for choice in choices], dtype=torch.int64)
-                self.comm.broadcast(ids.view(torch.uint8), ids.nbytes)
+        """The tokens that follow `chunks`, whose rows' logits rank 0 has; the samplers take them."""
+        most = [1 + len(chunk.drafts) for chunk in chunks]
+        if logits is None:
+            ids = self.comm.broadcast(None, 8 * sum(most)).view(torch.int64).tolist()
+            owners = (chunk.slot for chunk, count in zip(chunks, most, strict=True) for _ in range(count))
             return tuple(
-                SampledToken(chunk.slot, choice.token, choice.logprob, choice.top)
-                for chunk, choice in zip(chunks, choices, strict=True)
+                SampledToken(slot, token) for slot, token in zip(owners, ids, strict=True) if token >= 0
             )
-        ids = self.comm.broadcast(None, 8 * len(chunks)).view(torch.int64).tolist()
-        return tuple(SampledToken(chunk.slot, token) for chunk, token in zip(chunks, ids, strict=True))
+        states = [self._sequences[chunk.slot].sampler for chunk in chunks]
+        positions = [chunk.start + chunk.length for chunk in chunks]
+        found = sample_ahead(logits, states, positions, [chunk.drafts for chunk in chunks])
+        if self.comm.size > 1:
+            ids = [
+                [choice.token for choice in choices] + [-1] * (count - len(choices))
+                for choices, count in zip(found, most, strict=True)
+            ]
+            told = torch.tensor([token for row in ids for token in row], dtype=torch.int64)
+            self.comm.broadcast(told.view(torch.uint8), told.nbytes)
+        return tuple(
+            SampledToken(chunk.slot, choice.token, choice.logprob, choice.top)
+            for chunk, choices in zip(chunks, found, strict=True)
+            for choice in choices
+        )
 
     def _scores(self, chunks: list[Chunk], hidden: torch.Tensor) -> tuple[tuple[TokenScore, ...], ...]:
         """At rank 0, the scores of the tokens after each row of `chunks`, whose hidden states are given."""
@@ -156,22 +172,25 @@ class Runner:
         }
         for chunk in chunks:
             sequence = self._sequences[chunk.slot]
-            first, stop = len(tokens), chunk.start + chunk.length
-            tokens += sequence.tokens[chunk.start : stop]
+            first, known = len(tokens), chunk.start + chunk.length
+            tokens += sequence.tokens[chunk.start : known]
+            if len(tokens) - first != chunk.length:
+                raise ValueError(f"slot {chunk.slot}: tokens up to {known} are not known to this rank")
+            tokens += chunk.drafts
+            stop = known + len(chunk.drafts)
             positions += range(chunk.start, stop)
             blocks += [sequence.blocks[p // self.block_size] for p in range(chunk.start, stop)]
-            if len(tokens) - first != chunk.length:
-                raise ValueError(f"slot {chunk.slot}: tokens up to {stop} are not known to this rank")
             if chunk.samples:
-                sampled.append(len(tokens) - 1)
+                sampled += range(first + chunk.length - 1, len(tokens))
             if chunk.scores:
                 scored += range(first, len(tokens))
-            if chunk.length == 1:
+            rows = stop - chunk.start
+            if rows == 1:
                 lone.append((first, chunk.start, sequence.blocks))
             else:
                 table = torch.tensor(sequence.blocks[: -(-stop // self.block_size)])
                 calls += chunk_calls(
-                    first, chunk.start, chunk.length, table, group=self._group, tile=self._tiles.run, **spec
+                    first, chunk.start, rows, table, group=self._group, tile=self._tiles.run, **spec
                 )
         calls += self._decode_calls(lone, len(tokens), spec)
         at = torch.tensor(positions)

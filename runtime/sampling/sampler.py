@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from runtime.sampling.score import score_token
 from runtime.sampling.state import SamplerState
 from runtime.types import TokenLogprob
 
-__all__ = ["Choice", "SamplerState", "sample"]
+__all__ = ["Choice", "SamplerState", "sample", "sample_ahead"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,37 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState], positions: Sequ
         _choice(rows[i], float(peaks[i]), token, state.params.logprobs)
         for i, (token, state) in enumerate(zip(tokens, states, strict=True))
     ]
+
+
+def sample_ahead(
+    logits: torch.Tensor,
+    states: Sequence[SamplerState],
+    positions: Sequence[int],
+    drafts: Sequence[Sequence[int]],
+) -> list[list[Choice]]:
+    """The choices of sequences whose next tokens are guessed: what `sample` and `append` would choose one
+    after the other, for as long as the guesses hold.
+
+    `logits` [rows, vocab] has 1 + len(drafts[i]) rows for sequence i, row j of which saw its first j guesses;
+    positions[i] is that of the first token to be sampled. Sequence i gets one Choice, and one more for each
+    guess that was right before the first wrong one. The states take what was chosen. Raises as `sample`.
+    """
+    first = list(accumulate((1 + len(guesses) for guesses in drafts), initial=0))
+    if first[-1] != len(logits):
+        raise ValueError(f"{len(logits)} rows for {len(drafts)} sequences that need {first[-1]}")
+    found: list[list[Choice]] = [[] for _ in drafts]
+    open_ = range(len(drafts))
+    ahead = 0
+    while open_:
+        every = len(open_) == len(logits)
+        rows = logits if every else logits[[first[i] + ahead for i in open_]]
+        choices = sample(rows, [states[i] for i in open_], [positions[i] + ahead for i in open_])
+        for i, choice in zip(open_, choices, strict=True):
+            states[i].append(choice.token)
+            found[i].append(choice)
+        open_ = [i for i in open_ if ahead < len(drafts[i]) and found[i][ahead].token == drafts[i][ahead]]
+        ahead += 1
+    return found
 
 
 def _chosen(
