@@ -34,6 +34,7 @@ class EngineConfig:
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
     tp: int = 1
+    pp: int = 1  # stages: runs of neighbouring layers, each of `tp` ranks
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     kv_memory: int | None = None  # bytes a rank for KV; None: what the device can spare
     threads: int | None = None  # intra-op threads a rank; None: cores divided among the ranks

@@ -234,3 +234,4 @@ class EngineInfo:
     total_blocks: int
     max_num_seqs: int
     rank_nodes: tuple[str, ...] = ()  # one line a rank, for people
+    pp: int = 1
