@@ -29,6 +29,9 @@ class EngineConfig:
     max_model_len: int = 2048
     max_waiting: int = 1024  # more are refused with QueueFull
     prefix_cache: bool = True
+    draft_tokens: int = 8  # most tokens guessed ahead for a sequence in a step; 0: none
+    draft_cost: float | None = None  # of a draft model's guess, in steps of the model; None: no draft model
+    microbatches: int = 1  # plans over which running sequences are spread: at least the stages of a pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class ParallelConfig:
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     kv_memory: int | None = None  # bytes a rank for KV; None: what the device can spare
     threads: int | None = None  # intra-op threads a rank; None: cores divided among the ranks
+    replicas: int = 1  # whole copies of the model behind one gateway
 
 
 @dataclass(frozen=True, slots=True)
