@@ -9,6 +9,7 @@ import psutil
 from runtime.config import EngineConfig, ParallelConfig
 from runtime.errors import InvalidArgument, NotEnough
 from runtime.model.header import OpenModel
+from runtime.model.stages import stage_layers
 
 DEFAULT_SHARE = 0.25  # of the memory that is free, for all ranks of a host together
 GPU_SPARE = 2 << 30  # bytes of a GPU left to activations, graphs and the libraries
@@ -23,9 +24,10 @@ def kv_blocks(
     *,
     sharers: int | None = None,
 ) -> EngineConfig:
-    """Fill in `max_model_len` and `total_blocks`.
+    """Fill in `max_model_len`, `total_blocks` and `microbatches`, of which there are as many as stages.
 
-    The whole of a position's KV is spread over the ranks; the largest share decides. Without --kv-memory a
+    The whole of a position's KV is spread over the ranks, by units and by layers; the largest share decides.
+    Without --kv-memory a
     rank takes a quarter of what is free, shared by the ranks of the host, 512 MiB at most, yet room for one
     full context. A rank on a GPU, which has loaded its weights by then, takes what is left but for
     GPU_SPARE. `sharers`: ranks that live off one memory; None: all on a host, one on a GPU.
@@ -40,11 +42,12 @@ def kv_blocks(
     block = engine.block_size
     if block < 1 or (512 % block and block % 512):  # attention pads KV to 64 or 512 positions
         raise InvalidArgument("block-size", f"{block} neither divides 512 nor is a multiple of it")
-    units = len(opened.units)
+    units, layers = len(opened.units), opened.spec.layers
     largest_run = -(-units // parallel.tp)
-    block_bytes = opened.kv_bytes_per_position * largest_run * block // units
+    most_layers = max(stop - start for start, stop in stage_layers(opened, parallel.pp))
+    block_bytes = opened.kv_bytes_per_position * largest_run * most_layers * block // (units * layers)
     for_one = -(-context // block)
-    sharers = sharers or (1 if opened.device == "cuda" else parallel.tp)
+    sharers = sharers or (1 if opened.device == "cuda" else parallel.tp * parallel.pp)
     free = _free(opened.device)
     if parallel.kv_memory is not None:
         blocks = parallel.kv_memory // block_bytes
@@ -63,7 +66,12 @@ def kv_blocks(
             f"{blocks} KV blocks of {block} tokens take {blocks * block_bytes * sharers / 2**30:.1f} GiB "
             f"and {free / 2**30:.1f} GiB are free: give a smaller --max-model-len or --kv-memory"
         )
-    return replace(engine, total_blocks=blocks, max_model_len=min(context, blocks * block))
+    return replace(
+        engine,
+        total_blocks=blocks,
+        max_model_len=min(context, blocks * block),
+        microbatches=max(engine.microbatches, parallel.pp),
+    )
 
 
 def _free(device: str) -> int:

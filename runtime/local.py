@@ -19,8 +19,10 @@ from runtime.model.communicator import Alone, Communicator, Threads
 from runtime.model.device import resolve_device
 from runtime.model.header import open_model
 from runtime.model.load import engine_info, load_shard
+from runtime.model.pipe import ThreadPipe
 from runtime.model.runner import Watch
-from runtime.model.runners import StepRunner, make_runner
+from runtime.model.runners import StepRunner, answers, make_runner
+from runtime.model.stages import stage_layers
 from runtime.model.units import rank_units
 from runtime.types import EngineInfo, Finished, FinishReason, Load, Output, Request, StepPlan, StepResult
 
@@ -28,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 
 class LocalRanks:
-    """A tensor-parallel group whose ranks are threads of this process."""
+    """The ranks of all stages as threads of this process."""
 
     def __init__(self, runners: list[StepRunner]):
         self._runners = runners
@@ -38,18 +40,20 @@ class LocalRanks:
     def start(self, on_result: Callable[[StepResult], None], on_lost: Callable[[str], None]) -> None:
         def work(rank: int) -> None:
             runner, plans = self._runners[rank], self._queues[rank]
+            replies = answers(runner)
             try:
                 while (plan := plans.get()) is not None:
                     result = runner.execute(plan)
-                    if rank == 0:
+                    if replies:
                         on_result(result)
             except TramontaneError as error:
                 on_lost(f"rank {rank}: {error}")
             except Exception as error:  # a defect in a step ends the group, never silently
                 on_lost(f"rank {rank}: {type(error).__name__}: {error}")
             finally:
-                if isinstance(runner.comm, Threads):
-                    runner.comm.close()
+                for shared in (runner.comm, getattr(runner, "pipe", None)):
+                    if isinstance(shared, Threads | ThreadPipe):
+                        shared.close()
 
         self._threads = [
             threading.Thread(target=work, args=(rank,), name=f"rank-{rank}", daemon=True)
@@ -67,6 +71,26 @@ class LocalRanks:
             plans.put(None)
         for thread in self._threads:
             thread.join(timeout=10)
+
+
+def local_runners(shards: list, tp: int, config: EngineConfig, max_positions: int) -> list[StepRunner]:
+    """Runners that are to be threads of this process, for shards of whole stages of `tp` ranks, in order."""
+    pp = len(shards) // tp
+    comms: list[Communicator] = []
+    for _ in range(pp):
+        comms += Threads.group(tp) if tp > 1 else [Alone()]
+    pipes = [ThreadPipe.group(pp) for _ in range(tp)] if pp > 1 else []
+    return [
+        make_runner(
+            shard,
+            comm,
+            total_blocks=config.total_blocks,
+            block_size=config.block_size,
+            max_positions=max_positions,
+            pipe=pipes[rank % tp][rank // tp] if pipes else None,
+        )
+        for rank, (shard, comm) in enumerate(zip(shards, comms, strict=True))
+    ]
 
 
 class LocalClient:
@@ -126,36 +150,30 @@ class LocalEngine:
         watch: Watch | None = None,
     ):
         """Loads the weights; raises TramontaneError for a model or setting that cannot be served. `watch` is
-        called on the thread of rank 0."""
+        called on the thread of the rank that samples."""
         parallel = parallel or ParallelConfig()
         device = resolve_device(parallel.device)
         opened = open_model(model, device)
-        rank_units(len(opened.units), parallel.tp)  # a wrong tp is refused before anything is loaded
-        torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // parallel.tp))
+        rank_units(len(opened.units), parallel.tp)  # a wrong tp or pp is refused before anything is loaded
+        stage_layers(opened, parallel.pp)
+        ranks = parallel.tp * parallel.pp
+        torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // ranks))
         room = partial(kv_blocks, opened, engine or EngineConfig(), parallel, model.max_model_len)
         config = room() if device == "cpu" else None  # on a GPU once the weights have taken theirs
-        comms: list[Communicator] = list(Threads.group(parallel.tp)) if parallel.tp > 1 else [Alone()]
         shards = [
-            load_shard(opened, rank, parallel.tp, progress=progress if rank == 0 else None)[0]
-            for rank in range(parallel.tp)
+            load_shard(opened, rank, parallel.tp, pp=parallel.pp, progress=progress if rank == 0 else None)[0]
+            for rank in range(ranks)
         ]
-        config = config or room(sharers=parallel.tp)
-        runners = [
-            make_runner(
-                shard,
-                comm,
-                total_blocks=config.total_blocks,
-                block_size=config.block_size,
-                max_positions=config.max_model_len,
-            )
-            for shard, comm in zip(shards, comms, strict=True)
-        ]
-        runners[0].watch = watch
+        config = config or room(sharers=ranks)
+        runners = local_runners(shards, parallel.tp, config, config.max_model_len)
+        for runner in runners:
+            if answers(runner):
+                runner.watch = watch
         self.model = opened
         self.config = config
         self.loop = EngineLoop(config, LocalRanks(runners), opened.spec.vocab)
         self.loop.start()
-        self.client = LocalClient(self.loop, engine_info(opened, model, config, parallel.tp))
+        self.client = LocalClient(self.loop, engine_info(opened, model, config, parallel.tp, pp=parallel.pp))
 
     def close(self) -> None:
         self.loop.close()

@@ -42,7 +42,8 @@ class EngineLoop:
     """An engine at work. Public methods may be called from any thread."""
 
     def __init__(self, config: EngineConfig, ranks: Ranks, vocab_size: int):
-        self._engine = Engine(config)
+        # A plan for each stage to work at, and one that waits for the first.
+        self._engine = Engine(config, config.microbatches + 1)
         self._ranks = ranks
         self._vocab_size = vocab_size
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

@@ -1,7 +1,9 @@
 """The forward pass of one rank: tokens in, normalised hidden states of chosen rows out.
 
-Residual stream in fp32, everything between in the shard's type. Rows are independent of each other; ranks
-meet after the attention output, after the down projection, and for the embedding.
+A rank of one stage among several takes the residual stream in the place of tokens, or gives it in the place
+of hidden states. Residual stream in fp32, everything between in the shard's type. Rows are independent of
+each other; the ranks of a stage meet after the attention output, after the down projection, and for the
+embedding.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class Forward:
     """A shard bound to its KV cache and its group."""
 
     def __init__(self, shard: Shard, cache: torch.Tensor, comm: Communicator, max_positions: int):
-        """cache [layers, blocks, block_size, 2, KV heads held, D], zero where never written."""
+        """cache [layers held, blocks, block_size, 2, KV heads held, D], zero where never written."""
         self.shard = shard
         self.cache = cache
         self.layer_caches = list(cache)  # [blocks, block_size, 2, KV heads, D] each
@@ -91,13 +93,17 @@ class Forward:
         self.vocab_at = [shard.units[start].vocab[0] for start, _ in runs] + [spec.vocab]
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """Run the layers over a batch; the KV cache is written. Returns normalised fp32 [S, H] of the
+        """Run all layers over a batch; the KV cache is written. Returns normalised fp32 [S, H] of the
         sampled rows."""
+        return self.normalised(self.layers(self.embed(batch.tokens), batch), batch)
+
+    def layers(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The residual stream fp32 [M, H] before the layers held here -> the same after them. Writes the KV
+        cache, and into x."""
         shard, spec = self.shard, self.shard.spec
         m = batch.tokens.shape[0]
         if not 0 <= batch.cache_rows.min() <= batch.cache_rows.max() < self.cache_rows[0].shape[0]:
             raise ValueError(f"a plan names KV blocks outside the {self.cache.shape[1]} there are")
-        x = self._embed(batch.tokens)
         cos = self.cos.index_select(0, batch.positions)
         sin = self.sin.index_select(0, batch.positions)
         units = shard.run[1] - shard.run[0]
@@ -119,7 +125,12 @@ class Forward:
             if index + 1 < len(shard.layers):
                 h = self._take_up(x, self.sum_ffn, partials, shard.layers[index + 1].attention_norm, m)
         x += self.sum_ffn(self._by_unit(partials), m, spec.hidden)
-        return rms_norm(x.index_select(0, batch.sampled), shard.output_norm, spec.norm_eps, torch.float32)
+        return x
+
+    def normalised(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The residual stream after the last layer -> normalised fp32 [S, H] of the sampled rows."""
+        chosen, shard = x.index_select(0, batch.sampled), self.shard
+        return rms_norm(chosen, shard.output_norm, shard.spec.norm_eps, torch.float32)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden fp32 [S, H] -> fp32 logits [S, V] at rank 0, None elsewhere."""
@@ -171,8 +182,9 @@ class Forward:
     def _by_unit(self, partials: Partials) -> dict[int, torch.Tensor]:
         return partials if isinstance(partials, dict) else dict(enumerate(partials, start=self.shard.run[0]))
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """fp32 [M, H]. A rank looks up the tokens of its share of the vocabulary; ranks swap the rows."""
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int64 [M] -> fp32 [M, H], in the first stage. A rank looks up the tokens of its share of the
+        vocabulary; ranks swap the rows."""
         if self.comm.size == 1:
             return rows(self.shard.embedding, tokens)
         owner = torch.bucketize(tokens, torch.tensor(self.vocab_at[1:-1]), right=True)

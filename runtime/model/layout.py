@@ -1,4 +1,4 @@
-"""Which tensors a model has, and which ranges of them a run of units reads. No torch."""
+"""Which tensors a model has, and which ranges of them a rank reads: some units of some layers. No torch."""
 
 from __future__ import annotations
 
@@ -53,17 +53,26 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def shard_slices(spec: ModelSpec, units: tuple[Unit, ...], run: Span) -> list[Slice]:
-    """The ranges a rank that holds units `run` reads, in the order `build_shard` takes them."""
+def shard_slices(
+    spec: ModelSpec, units: tuple[Unit, ...], run: Span, layers: Span | None = None
+) -> list[Slice]:
+    """The ranges a rank that holds units `run` of `layers` (None: of all) reads, in the order `build_shard`
+    takes them."""
+    first, last = layers or (0, spec.layers)
+    embeds, ends = first == 0, last == spec.layers
     mine = units[run[0] : run[1]]
     share = RunShare.of(mine)
     h, d = spec.hidden, spec.head_dim
-    slices = [Slice("token_embd.weight", share.vocab, (0, h)), Slice("output_norm.weight", (0, 1), (0, h))]
-    if not spec.tied_head:
-        slices.append(Slice("output.weight", share.vocab, (0, h)))
+    slices = []
+    if embeds or (ends and spec.tied_head):
+        slices.append(Slice("token_embd.weight", share.vocab, (0, h)))
+    if ends:
+        slices.append(Slice("output_norm.weight", (0, 1), (0, h)))
+        if not spec.tied_head:
+            slices.append(Slice("output.weight", share.vocab, (0, h)))
     if spec.rope_factors:
         slices.append(Slice("rope_freqs.weight", (0, 1), (0, d // 2)))
-    for i in range(spec.layers):
+    for i in range(first, last):
         slices += [
             Slice(f"blk.{i}.attn_norm.weight", (0, 1), (0, h)),
             Slice(f"blk.{i}.attn_q.weight", times(share.heads, d), (0, h)),

@@ -14,6 +14,7 @@ from runtime.model.header import OpenModel
 from runtime.model.layout import shard_slices
 from runtime.model.numerics import numerics_name
 from runtime.model.shard import Shard, build_shard
+from runtime.model.stages import stage_layers
 from runtime.model.units import rank_units
 from runtime.types import EngineInfo
 from runtime.weights.loader import LoadReport, load
@@ -29,12 +30,15 @@ def load_shard(
     rank: int,
     tp: int,
     *,
+    pp: int = 1,
     threads: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Shard | GpuShard, LoadReport]:
-    """Read the ranges of one rank and build its weights, on the device the model was opened for."""
-    run = rank_units(len(model.units), tp)[rank]
-    slices = shard_slices(model.spec, model.units, run)
+    """Read the ranges of one rank and build its weights, on the device the model was opened for. Ranks count
+    stage by stage: 0 to tp - 1 are the first one's."""
+    stage, within = divmod(rank, tp)
+    run, layers = rank_units(len(model.units), tp)[within], stage_layers(model, pp)[stage]
+    slices = shard_slices(model.spec, model.units, run, layers)
     loader = load(model.checkpoint, slices, threads=threads, quantize=model.quantize, progress=progress)
     if model.device == "cuda":
         from runtime.model.gpu.shard import build_gpu_shard  # brings Triton along
@@ -42,7 +46,9 @@ def load_shard(
         shard = build_gpu_shard(model.spec, model.units, run, loader, device="cuda")
     else:
         dtype = DTYPES[model.dtype]
-        shard = build_shard(model.spec, model.units, run, loader, dtype=dtype, dense=model.dense)
+        shard = build_shard(
+            model.spec, model.units, run, loader, dtype=dtype, dense=model.dense, layers=layers
+        )
     assert loader.report is not None
     _return_memory()
     return shard, loader.report
@@ -60,6 +66,8 @@ def engine_info(
     config: EngineConfig,
     tp: int,
     nodes: tuple[str, ...] = (),
+    *,
+    pp: int = 1,
 ) -> EngineInfo:
     return EngineInfo(
         model=model.name or opened.spec.name,
@@ -72,6 +80,7 @@ def engine_info(
         total_blocks=config.total_blocks,
         max_num_seqs=config.max_num_seqs,
         rank_nodes=nodes,
+        pp=pp,
     )
 
 

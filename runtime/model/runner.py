@@ -59,7 +59,7 @@ class Runner:
         kv_heads = held[-1].kv_heads[1] - held[0].kv_heads[0]
         # Zeros, not garbage: masked positions are multiplied by exact zeros, which a NaN would survive.
         cache = torch.zeros(
-            spec.layers, total_blocks, block_size, 2, kv_heads, spec.head_dim, dtype=shard.dtype
+            len(shard.layers), total_blocks, block_size, 2, kv_heads, spec.head_dim, dtype=shard.dtype
         )
         self.forward = Forward(shard, cache, comm, max_positions)
         self.comm = comm
@@ -80,8 +80,11 @@ class Runner:
         self._apply(plan)
         if not plan.chunks:
             return StepResult(plan.step, ())
+        return self._conclude(plan, self.forward.hidden(self._batch(plan.chunks)))
+
+    def _conclude(self, plan: StepPlan, hidden: torch.Tensor) -> StepResult:
+        """Sample and score, given the hidden states of the plan's batch."""
         chunks = plan.chunks
-        hidden = self.forward.hidden(self._batch(chunks))
         chosen = [chunk for chunk in chunks if chunk.samples]
         rows = sum(1 + len(chunk.drafts) for chunk in chosen)
         scores = self._scores([chunk for chunk in chunks if chunk.scores], hidden[rows:])

@@ -1,12 +1,14 @@
-"""The runner that fits a shard: on a CPU or on a GPU, with the same calls."""
+"""The runner that fits a shard: of a whole model or of a stage, on a CPU or on a GPU, with the same calls."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from runtime.model.communicator import Communicator
+from runtime.model.pipe import Pipe
 from runtime.model.runner import Runner, Watch
 from runtime.model.shard import Shard
+from runtime.model.stage_runner import StageRunner
 from runtime.types import StepPlan, StepResult
 
 
@@ -23,12 +25,27 @@ class StepRunner(Protocol):
 
 
 def make_runner(
-    shard, comm: Communicator, *, total_blocks: int, block_size: int, max_positions: int
+    shard,
+    comm: Communicator,
+    *,
+    total_blocks: int,
+    block_size: int,
+    max_positions: int,
+    pipe: Pipe | None = None,
 ) -> StepRunner:
-    """shard: a `Shard` or a `GpuShard`. Takes the memory for KV."""
+    """shard: a `Shard` or a `GpuShard`; `pipe`: to the other stages, if the shard is of one (on a CPU). Takes
+    the memory for KV."""
     settings = {"total_blocks": total_blocks, "block_size": block_size, "max_positions": max_positions}
+    if pipe is not None:
+        return StageRunner(shard, comm, pipe, **settings)
     if isinstance(shard, Shard):
         return Runner(shard, comm, **settings)
     from runtime.model.gpu.runner import GpuRunner  # brings Triton along
 
     return GpuRunner(shard, comm, **settings)
+
+
+def answers(runner: StepRunner) -> bool:
+    """Whether this rank's results are those of all: rank 0 of the last stage."""
+    pipe = getattr(runner, "pipe", None)
+    return runner.comm.rank == 0 and (pipe is None or pipe.last)

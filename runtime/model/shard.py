@@ -47,18 +47,29 @@ class Shard:
     spec: ModelSpec
     units: tuple[Unit, ...]  # of the whole model
     run: Span  # the units held here
+    stage: Span  # the layers held here
     dtype: torch.dtype  # of activations and KV
-    embedding: RowTable  # rows of the vocabulary held here
+    embedding: RowTable | None  # rows of the vocabulary held here; in the first stage alone
     vocab: Span
     layers: tuple[Layer, ...]
-    output_norm: torch.Tensor
-    heads: tuple[HeadShare, ...]  # covering `vocab` in order
+    output_norm: torch.Tensor | None  # in the last stage alone
+    heads: tuple[HeadShare, ...]  # covering `vocab` in order; in the last stage alone
     rope_factors: torch.Tensor | None
+
+    @property
+    def first(self) -> bool:
+        """Whether tokens come in here, not the residual stream."""
+        return self.stage[0] == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether logits come out here, not the residual stream."""
+        return self.stage[1] == self.spec.layers
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as they are held."""
-        seen = {id(self.embedding): self.embedding.nbytes}
+        seen = {id(self.embedding): self.embedding.nbytes} if self.embedding is not None else {}
         for head in self.heads:
             seen |= {id(part): part.nbytes for part in (head.weight, head.table) if part is not None}
         for layer in self.layers:
@@ -77,13 +88,16 @@ def build_shard(
     *,
     dtype: torch.dtype,
     dense: frozenset[str],
+    layers: Span | None = None,
 ) -> Shard:
-    """Build a rank's weights from its slices, taken in the order of `shard_slices`.
+    """Build a rank's weights from its slices, taken in the order of `shard_slices`. `layers`: None is all.
 
     `dense` names the roles (see `header.ROLES`) that stay bf16 even where int4 would do. Each file tensor is
     dropped as soon as it is packed.
     """
     mine = units[run[0] : run[1]]
+    stage = layers or (0, spec.layers)
+    embeds, ends = stage[0] == 0, stage[1] == spec.layers
     share = RunShare.of(mine)
     pack = Packer(dtype, dense)
 
@@ -97,15 +111,18 @@ def build_shard(
         value = take(name)
         return (value.dequantize() if isinstance(value, Planar) else value.float()).reshape(-1).contiguous()
 
-    embedding = _row_table(take("token_embd.weight"))
-    output_norm = vector("output_norm.weight")
-    table = embedding if spec.tied_head else _row_table(take("output.weight"))
-    heads = merged([head_share(table, *within(u.vocab, share.vocab, 1), dtype) for u in mine])
-    if not spec.tied_head and dtype == torch.float32:
-        table = None
+    embedding = _row_table(take("token_embd.weight")) if embeds or (ends and spec.tied_head) else None
+    output_norm, heads = None, ()
+    if ends:
+        output_norm = vector("output_norm.weight")
+        table = embedding if spec.tied_head else _row_table(take("output.weight"))
+        heads = merged([head_share(table, *within(u.vocab, share.vocab, 1), dtype) for u in mine])
+        table = None  # shares that read it keep it
+        if not embeds:
+            embedding = None
     factors = vector("rope_freqs.weight") if spec.rope_factors else None
-    layers = []
-    for i in range(spec.layers):
+    held = []
+    for i in range(*stage):
         name = f"blk.{i}.{{}}.weight".format
         attention_norm = vector(name("attn_norm"))
         order = None if spec.half_split_rope else half_split_order(spec.head_dim)
@@ -123,10 +140,12 @@ def build_shard(
             gate, up = take(name("ffn_gate")), take(name("ffn_up"))
             down = [take(name("ffn_down")) if start < stop else None for start, stop in spans]
             ffn = _feed_forward(gate, up, down, spans, pack)
-        layers.append(Layer(attention_norm, qkv, output, ffn_norm, ffn))
+        held.append(Layer(attention_norm, qkv, output, ffn_norm, ffn))
     if next(loaded, None) is not None:
         raise ValueError("more slices arrived than were planned")
-    return Shard(spec, units, run, dtype, embedding, share.vocab, tuple(layers), output_norm, heads, factors)
+    return Shard(
+        spec, units, run, stage, dtype, embedding, share.vocab, tuple(held), output_norm, heads, factors
+    )
 
 
 def _feed_forward(

@@ -18,6 +18,7 @@ def engine(
     path: Path,
     *,
     tp: int = 1,
+    pp: int = 1,
     threads: int = 1,
     dtype: str = "auto",
     max_model_len: int | None = None,
@@ -26,7 +27,7 @@ def engine(
     made = LocalEngine(
         ModelConfig(str(path), dtype=dtype, max_model_len=max_model_len),
         EngineConfig(**settings),
-        ParallelConfig(tp=tp, threads=threads),
+        ParallelConfig(tp=tp, pp=pp, threads=threads),
     )
     try:
         yield made
