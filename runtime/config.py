@@ -51,3 +51,4 @@ class ServeConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     host: str = "127.0.0.1"
     port: int = 50051
+    metrics_port: int | None = None  # None: no metrics

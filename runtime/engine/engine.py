@@ -10,16 +10,19 @@ from __future__ import annotations
 from runtime.config import EngineConfig
 from runtime.engine.check import IntegrityError, check_scheduler, fail_unless
 from runtime.engine.queue import SequenceQueue
-from runtime.engine.scheduler import Scheduler
+from runtime.engine.scheduler import GUESSING_ROWS, Scheduler
 from runtime.engine.sequence import Sequence
+from runtime.engine.speculation import Guesser
 from runtime.errors import InvalidArgument, QueueFull
 from runtime.types import (
     Branch,
+    Chunk,
     Finished,
     FinishReason,
     Load,
     Output,
     Request,
+    SampledToken,
     ScoreOutput,
     StepPlan,
     StepResult,
@@ -36,6 +39,7 @@ _POSITIVE = (
     "max_chunk",
     "max_model_len",
     "max_waiting",
+    "microbatches",
 )
 
 
@@ -49,6 +53,10 @@ class Engine:
             value = getattr(config, name)
             if value is not None and value < 1:
                 raise InvalidArgument(name, f"must be at least 1, not {value}")
+        if not 0 <= config.draft_tokens < GUESSING_ROWS:
+            raise InvalidArgument(
+                "draft_tokens", f"must be from 0 to {GUESSING_ROWS - 1}, not {config.draft_tokens}"
+            )
         self.config = config
         self._scheduler = Scheduler(config, steps_in_flight)
         self._live: dict[str, list[Sequence]] = {}  # replies that have not ended, in order of arrival
@@ -193,6 +201,8 @@ class Engine:
             detail=detail,
             choice=sequence.choice,
             last=not left,
+            drafted_tokens=sequence.guesser.drafted if sequence.guesser else 0,
+            accepted_tokens=sequence.guesser.accepted if sequence.guesser else 0,
         )
 
     # ---- steps ---------------------------------------------------------------------------------
@@ -216,9 +226,8 @@ class Engine:
         plan = scheduler.in_flight[0][0] if scheduler.in_flight else None
         expected = plan.step if plan else None
         fail_unless(result.step == expected, f"result of step {result.step}, expected {expected}")
-        slots = [chunk.slot for chunk in plan.chunks if chunk.samples]
-        answered = [sampled.slot for sampled in result.tokens]
-        fail_unless(slots == answered, f"step {plan.step} sampled for slots {answered}, planned {slots}")
+        sampling = [chunk for chunk in plan.chunks if chunk.samples]
+        answers = _by_chunk(sampling, result)
         scoring = [chunk for chunk in plan.chunks if chunk.scores]
         lengths = [len(scores) for scores in result.scores]
         fail_unless(
@@ -236,23 +245,36 @@ class Engine:
             outputs.append(ScoreOutput(sequence.request.request_id, first, new))
             if sequence.scored == sequence.limit:
                 outputs.append(self._finish(sequence, FinishReason.LENGTH))
-        for sequence, sampled in zip(samplers, result.tokens, strict=True):
-            if sequence.finished:  # it ended while this token was in flight
-                continue
+        for sequence, chunk, tokens in zip(samplers, sampling, answers, strict=True):
+            if not sequence.finished:  # else it ended while its tokens were in flight
+                scheduler.settle(sequence, chunk, len(tokens))
+                self._take(sequence, tokens, outputs)
+        return outputs + self.tick(now)
+
+    def _take(self, sequence: Sequence, tokens: list[SampledToken], outputs: list[Output]) -> None:
+        """What was sampled for a live sequence, up to its end."""
+        name = sequence.request.request_id
+        guesser = sequence.guesser
+        if guesser is None and self.config.draft_tokens:
+            text = sequence.tokens()
+            guesser = sequence.guesser = Guesser(text, self.config.draft_tokens, self.config.draft_cost)
+        reply = sequence.reply
+        for sampled in tokens:
             token = sampled.token
-            reply = sequence.reply
             index = len(reply)
             reply.append(token)
             sequence.known += 1
-            name = sequence.request.request_id
+            if guesser is not None:
+                guesser.push(token)
+                guesser.accepted += sampled is not tokens[0]
             outputs.append(TokenOutput(name, index, token, sampled.logprob, sampled.top, sequence.choice))
             if sequence.next_named <= sequence.known:
-                scheduler.name_full_blocks(sequence)
+                self._scheduler.name_full_blocks(sequence)
             if token in sequence.stop_ids and index >= sequence.min_tokens:
                 outputs.append(self._finish(sequence, FinishReason.STOP, stop_token=token))
-            elif sequence.known == sequence.limit:
-                outputs.append(self._finish(sequence, FinishReason.LENGTH))
-        return outputs + self.tick(now)
+                return
+        if sequence.known == sequence.limit:
+            outputs.append(self._finish(sequence, FinishReason.LENGTH))
 
     def ranks_lost(self, detail: str) -> list[Output]:
         """The ranks and all KV are gone: every request ends with ERROR, plans in flight are void. The
@@ -286,6 +308,8 @@ class Engine:
             prefix_hit_tokens=scheduler.hit_tokens,
             prefix_query_tokens=scheduler.query_tokens,
             preemptions=scheduler.preemptions,
+            drafted_tokens=scheduler.drafted_tokens,
+            accepted_tokens=scheduler.accepted_tokens,
         )
 
     def check(self) -> None:
@@ -305,6 +329,25 @@ class Engine:
             and len(self._deadlines) == len(timed),
             "the deadlines are not those of the live replies",
         )
+
+
+def _by_chunk(sampling: list[Chunk], result: StepResult) -> list[list[SampledToken]]:
+    """The tokens of each chunk. Raises IntegrityError if they are not what the chunks can have yielded."""
+    answers: list[list[SampledToken]] = []
+    last = None
+    for sampled in result.tokens:
+        if sampled.slot != last:
+            answers.append([])
+            last = sampled.slot
+        answers[-1].append(sampled)
+    slots = [chunk.slot for chunk in sampling]
+    answered = [tokens[0].slot for tokens in answers]
+    fail_unless(slots == answered, f"step {result.step} sampled for slots {answered}, planned {slots}")
+    for chunk, tokens in zip(sampling, answers, strict=True):
+        most = 1 + len(chunk.drafts) + chunk.guesses
+        said = f"step {result.step} sampled {len(tokens)} tokens for slot {chunk.slot}, at most {most}"
+        fail_unless(len(tokens) <= most, said)
+    return answers
 
 
 __all__ = ["STEPS_IN_FLIGHT", "Engine", "IntegrityError"]

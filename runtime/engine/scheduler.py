@@ -24,6 +24,9 @@ from runtime.engine.queue import SequenceQueue
 from runtime.engine.sequence import Sequence
 from runtime.types import Chunk, SequenceStart, StepPlan
 
+# Rows up to which one more costs a step little, so that guesses may fill them.
+GUESSING_ROWS = 64
+
 _by_order = attrgetter("order")
 
 
@@ -45,6 +48,8 @@ class Scheduler:
         self.preemptions = 0
         self.hit_tokens = 0
         self.query_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
         self.reset()
 
     def reset(self) -> None:
@@ -151,29 +156,60 @@ class Scheduler:
         return plan
 
     def _decode(self, step: int, chunks: list, samplers: list, filled: list) -> int:
-        """One token for every sequence that lacks just one; returns the budget left."""
+        """One token, and guesses at more, for every sequence that lacks just one; returns the budget left."""
         running = self.running
+        staged = self.config.microbatches > 1
+        most = -(-len(running) // self.config.microbatches)
+        # Rows for guesses, once every sequence has its one.
+        spare = min(self.budget, GUESSING_ROWS) - len(running)
+        rows = 0
         # A preemption pops from the end of `running`, never what this loop has passed.
         for sequence in running:
             start = sequence.computed
             total = sequence.total
             if total - start != 1 or total == sequence.limit:
                 continue
+            guesser = sequence.guesser
+            eager = guesser is not None and guesser.eager
+            # Whoever guesses must know its last token. With stages, a plan that goes on from a token in
+            # flight would wait for it at the first stage, with all others behind it.
+            if (eager or staged) and sequence.known != total:
+                continue
+            if len(chunks) == most:
+                break
             new_blocks = ()
             if start == sequence.capacity:
                 if not self._make_room(sequence):
                     continue
-                new_blocks = tuple(self.pool.take(1, after=sequence.table[-1]))
-                sequence.table += new_blocks
-                sequence.capacity += self.config.block_size
-            chunks.append(Chunk(sequence.slot, start, 1, new_blocks, True))
+                new_blocks = self._grow(sequence, 1)
+            drafts, guesses = (), 0
+            if eager and spare > 0:
+                # The token at `limit - 1` is sampled, never run.
+                drafts, guesses = guesser.propose(min(spare, sequence.limit - total - 1))
+                ahead = len(drafts) + guesses
+                if short := max(0, -(-(start + 1 + ahead - sequence.capacity) // self.config.block_size)):
+                    if short <= self.pool.empty.count:
+                        new_blocks += self._grow(sequence, short)
+                    else:
+                        ahead = sequence.capacity - start - 1
+                        drafts, guesses = drafts[:ahead], min(guesses, ahead)
+                spare -= len(drafts) + guesses
+                rows += len(drafts) + guesses
+            chunks.append(Chunk(sequence.slot, start, 1, new_blocks, True, False, drafts, guesses))
             samplers.append(sequence)
             sequence.computed = total
             sequence.total = total + 1
             sequence.last_step = step
             if sequence.next_named <= sequence.known or sequence.followers:
                 filled.append(sequence)
-        return self.budget - len(chunks)
+        return self.budget - len(chunks) - rows
+
+    def _grow(self, sequence: Sequence, blocks: int) -> tuple[int, ...]:
+        """Gives a running sequence so many more blocks, which are there."""
+        new_blocks = tuple(self.pool.take(blocks, after=sequence.table[-1]))
+        sequence.table += new_blocks
+        sequence.capacity += blocks * self.config.block_size
+        return new_blocks
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Tries to have a block available, preempting those behind `sequence`. False: not in this step."""
@@ -299,3 +335,14 @@ class Scheduler:
         for table in self.held.pop(plan.step, ()):
             self.pool.release(table)
         return samplers, scored
+
+    def settle(self, sequence: Sequence, chunk: Chunk, sampled: int) -> None:
+        """`sampled` tokens came of a chunk of a live sequence: one, and one for each guess that was right."""
+        right = sampled - 1
+        sequence.total += right
+        if sequence.slot is not None:  # else it was preempted meanwhile
+            sequence.computed += right
+        if drafted := len(chunk.drafts) + chunk.guesses:
+            sequence.guesser.settle(len(chunk.drafts), chunk.guesses, right)
+            self.drafted_tokens += drafted
+            self.accepted_tokens += right

@@ -1,12 +1,14 @@
 """What the engine keeps of one reply: its tokens, how far it is planned, and where its KV lives.
 
 Positions are counted by plans issued, not by results received: `computed` and `total` run ahead of
-`known` by the tokens that are still in flight.
+`known` by the tokens that are still in flight: one for each plan, though more come of it where guesses are
+right.
 """
 
 from __future__ import annotations
 
 from runtime.engine.prefix import next_key, root_key
+from runtime.engine.speculation import Guesser
 from runtime.types import Branch, Request
 
 
@@ -22,6 +24,7 @@ class Sequence:
         "computed",
         "finished",
         "followers",
+        "guesser",
         "known",
         "last_step",
         "leader",
@@ -68,6 +71,7 @@ class Sequence:
         self.cached_tokens: int | None = 0 if request.scores else None
         self.leader: Sequence | None = None  # whose prefill this one waits for, to share its blocks
         self.followers: list[Sequence] = []
+        self.guesser: Guesser | None = None  # made with the first token, where guessing is on
         self.finished = False
 
     def tokens(self) -> tuple[int, ...]:

@@ -25,6 +25,9 @@ configs = st.builds(
     max_model_len=st.integers(2, 64),
     max_waiting=st.sampled_from([2, 5, 1000]),
     prefix_cache=st.booleans() | st.just(True),
+    draft_tokens=st.sampled_from([0, 1, 3, 8]),
+    draft_cost=st.sampled_from([None, None, 0.0, 0.1]),
+    microbatches=st.sampled_from([1, 1, 1, 2, 3]),
 )
 
 # Few distinct beginnings, so that prefixes are often shared; one looks alike at every offset.

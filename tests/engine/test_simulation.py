@@ -38,6 +38,9 @@ def simulate(seed: int) -> Load:
         max_step_tokens=rng.choice([3, 6, 12, 64]),
         max_chunk=rng.choice([None, None, 2, 7]),
         max_model_len=capacity + rng.randint(0, 3),
+        draft_tokens=rng.choice([0, 1, 3, 8]),
+        draft_cost=rng.choice([None, None, 0.0, 0.1, 0.5]),
+        microbatches=rng.choice([1, 1, 1, 2, 3]),
     )
     harness = Harness(config, rng.choice([1, 2, 2, 2, 3]))
     calm = rng.random() < 0.5  # no aborts, no deadlines
@@ -83,7 +86,7 @@ def simulate(seed: int) -> Load:
 
 @pytest.mark.parametrize("start", range(0, 160, 80))
 def test_replies_survive_tight_memory(start: int) -> None:
-    preemptions = hits = 0
+    preemptions = hits = drafted = accepted = 0
     for seed in range(start, start + 80):
         try:
             load = simulate(seed)
@@ -92,9 +95,12 @@ def test_replies_survive_tight_memory(start: int) -> None:
             raise
         preemptions += load.preemptions
         hits += load.prefix_hit_tokens
+        drafted += load.drafted_tokens
+        accepted += load.accepted_tokens
     # The runs must be worth something.
     assert preemptions > 200
     assert hits > 200
+    assert 200 < accepted < drafted - 200
 
 
 @pytest.mark.slow

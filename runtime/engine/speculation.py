@@ -1,0 +1,169 @@
+"""Guesses at what a reply goes on with, and when they are worth their rows. Guesses never change a reply: the
+ranks keep those that are what they would have sampled.
+
+Two sources. `Lookup` finds the last tokens earlier in the text and guesses that what followed then follows
+again: it costs nothing, and is watched on every token whether or not a guess is tried, so that trying begins
+only where it has just been right. `Pace` says how many guesses to ask of a draft model, from how many were
+right lately and what they cost. Pure functions of the tokens and counts they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+GRAM = 3  # tokens that must agree for the text after them to be a guess
+AT_ONCE = 512  # tokens of a prompt that are indexed with each token of the reply
+FEWEST_RIGHT = 2  # tokens in a row that must have been foreseen before guesses are tried
+MOST_RIGHT = 16  # the same once tries have failed again and again
+
+ROW_COST = 0.05  # what one more row costs a step, in steps
+DECAY = 0.9  # weight of what was seen one try ago
+LEAST_GAIN = 1.05  # tokens for the cost of one, below which the draft model is left alone
+FIRST_REST, LONGEST_REST = 16, 512  # tokens until it is tried again
+
+
+class Lookup:
+    """A text that grows, and where in it the last few tokens stood before. O(1) a token."""
+
+    __slots__ = ("_at", "_index", "_indexed", "_needed", "_text", "foreseen")
+
+    def __init__(self, text: Sequence[int]):
+        self._text = list(text)
+        self._index: dict[tuple[int, ...], int] = {}  # GRAM tokens -> the position after their last place
+        self._indexed = GRAM  # grams that end before this position are in the index
+        self._at: int | None = None  # where the next token is guessed to stand already
+        self._needed = FEWEST_RIGHT
+        self.foreseen = 0  # how many tokens in a row stood where they were guessed to
+
+    def push(self, token: int) -> None:
+        """The text goes on with `token`."""
+        text = self._text
+        right = self._at is not None and text[self._at] == token
+        text.append(token)
+        if right:
+            self.foreseen += 1
+            self._at += 1
+        else:
+            self.foreseen = 0
+            self._at = None
+        end = len(text)
+        # The gram that ends the text is looked up before it is indexed, else it would find itself.
+        for stop in range(self._indexed, min(end, self._indexed + AT_ONCE)):
+            self._index[tuple(text[stop - GRAM : stop])] = stop
+            self._indexed = stop + 1
+        if self._at is None and self._indexed == end:
+            self._at = self._index.get(tuple(text[-GRAM:]))
+
+    @property
+    def ready(self) -> bool:
+        """Whether guesses are worth trying."""
+        return self.foreseen >= self._needed
+
+    def guess(self, most: int) -> tuple[int, ...]:
+        """Up to `most` tokens, more the longer the text has gone as foreseen. A text that repeats itself is
+        guessed to do so for ever."""
+        if self._at is None:
+            return ()
+        found = self._text[self._at : self._at + min(most, 2 * self.foreseen)]
+        period = len(self._text) - self._at
+        while len(found) < min(most, 2 * self.foreseen):
+            found.append(found[-period])
+        return tuple(found)
+
+    def settle(self, tried: int, right: int) -> None:
+        """Of `tried` guesses `right` were, from the first on: failures make it wait for a longer run."""
+        if right == 0:
+            self._needed = min(2 * self._needed, MOST_RIGHT)
+        elif right == tried:
+            self._needed = max(self._needed // 2, FEWEST_RIGHT)
+
+
+class Pace:
+    """How many guesses to ask of a draft model for one sequence.
+
+    With a chance `a` that a guess is right where those before it were, k guesses yield
+    (1 - a**(k + 1)) / (1 - a) tokens on average (Leviathan et al. 2023, equation 1) for the cost of
+    1 + k * (cost + ROW_COST) steps; the best k up to `most` is asked for, or none if it gains nothing.
+    """
+
+    __slots__ = ("_best", "_rest", "_resting", "_right", "_wrong", "cost", "most")
+
+    def __init__(self, most: int, cost: float):
+        """cost: of one guess, in steps of the model itself."""
+        self.most = most
+        self.cost = cost
+        self._right, self._wrong = 2.0, 1.0
+        self._rest = FIRST_REST
+        self._resting = 0  # tokens until the next try, where it did not pay
+        self._best = self._find()
+
+    def push(self) -> None:
+        """One more token was sampled."""
+        if self._resting:
+            self._resting -= 1
+
+    @property
+    def length(self) -> int:
+        return 0 if self._resting else self._best
+
+    def settle(self, tried: int, right: int) -> None:
+        """Of `tried` guesses `right` were, from the first on."""
+        self._right = DECAY * self._right + right
+        self._wrong = DECAY * self._wrong + (right < tried)
+        self._best = self._find()
+        if self._best:
+            self._rest = FIRST_REST
+        else:  # off; a single guess now and then finds out whether the text has changed
+            self._resting, self._rest = self._rest, min(2 * self._rest, LONGEST_REST)
+            self._best = 1
+
+    def _find(self) -> int:
+        chance = self._right / (self._right + self._wrong)
+        best, gain, tokens = 0, LEAST_GAIN, 1.0
+        for count in range(1, self.most + 1):
+            tokens += chance**count
+            if tokens / (1 + count * (self.cost + ROW_COST)) > gain:
+                best, gain = count, tokens / (1 + count * (self.cost + ROW_COST))
+        return best
+
+
+class Guesser:
+    """The guesses of one sequence, whatever they come from. `eager`: it wants to guess, so its next step
+    waits until its last token is known."""
+
+    __slots__ = ("_lookup", "_pace", "accepted", "drafted", "eager", "most")
+
+    def __init__(self, text: Sequence[int], most: int, draft_cost: float | None):
+        """text: prompt and reply so far; most: guesses a step. draft_cost: None without a draft model."""
+        self.most = most
+        self._lookup = Lookup(text)
+        self._pace = Pace(most, draft_cost) if draft_cost is not None else None
+        self.drafted = 0
+        self.accepted = 0
+        self.eager = self._pace is not None and self._pace.length > 0
+
+    def push(self, token: int) -> None:
+        """A token of the reply has become known."""
+        lookup, pace = self._lookup, self._pace
+        lookup.push(token)
+        if pace is not None:
+            pace.push()
+        self.eager = lookup.ready or (pace is not None and pace.length > 0)
+
+    def propose(self, most: int) -> tuple[tuple[int, ...], int]:
+        """Tokens to try next, or how many to ask of the draft model."""
+        most = min(most, self.most)
+        if most < 1:
+            return (), 0
+        if self._lookup.ready and (found := self._lookup.guess(most)):
+            return found, 0
+        return (), min(most, self._pace.length) if self._pace is not None else 0
+
+    def settle(self, drafts: int, guesses: int, right: int) -> None:
+        """A step with these guesses came back, the first `right` of them being so. Called before the tokens
+        are pushed."""
+        self.drafted += drafts + guesses
+        if drafts:
+            self._lookup.settle(drafts, right)
+        elif guesses:
+            self._pace.settle(guesses, right)
