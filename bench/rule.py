@@ -1,0 +1,239 @@
+"""What the rule costs on a CPU: the engine as it is against itself without padding and ordering.
+
+    python bench/rule.py MODEL.gguf --rounds 7 > rule.json        SmolLM2-135M: about a minute a round
+    python bench/rule.py MODEL.gguf --quick                       seconds: shows that it works, no figures
+
+Engines of one model stand side by side in this process: the one as it is ("ruled"), one for each item of
+bench/free_order.py with that item alone switched off, one with all of them off ("all"). They take turns,
+workload by workload, in an order that rotates from round to round; what an item costs is the median over
+rounds of 1 - ruled / free in the same round. What they compute is compared first: free engines round
+differently, and must agree otherwise. JSON on standard output, a table on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.free_order import ITEMS, RULE, switched_off
+from bench.local import Trace, ask, decode_rate, local_engine
+from bench.report import about, show
+from kernels.linear import Bf16Weight, Fp32Weight
+from runtime.local import LocalEngine
+from runtime.types import Request, SampledToken, SamplingParams, TokenOutput, TokenScore
+
+RULED, ALL = "ruled", "all"
+TOP = 20  # likeliest tokens whose logprobs are compared
+BOUND = 1.0  # what one may differ by, natural log; the bf16 sums of another order are off by a tenth of it
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    streams: int = 16
+    context: int = 64
+    decode: int = 128
+    prefill: int = 512
+
+    @property
+    def positions(self) -> int:
+        """KV for the largest workload, with room for whole blocks."""
+        return (self.streams + 1) * (self.context + self.decode + 128) + 2 * self.prefill
+
+
+QUICK = Sizes(streams=3, context=20, decode=6, prefill=40)
+
+Workload = Callable[[LocalEngine, random.Random], float]  # tokens a second
+
+
+def workloads(sizes: Sizes) -> dict[str, Workload]:
+    def decode(streams: int, temperature: float) -> Workload:
+        def run(engine: LocalEngine, source: random.Random) -> float:
+            params = _params(temperature, sizes.decode + 1)
+            return decode_rate(ask(engine, _requests(engine, source, [sizes.context] * streams, params)))
+
+        return run
+
+    def prefill(engine: LocalEngine, source: random.Random) -> float:
+        (trace,) = ask(engine, _requests(engine, source, [sizes.prefill], _params(0.0, 1)))
+        return sizes.prefill / trace.first_s
+
+    many = f"{sizes.streams} streams"
+    return {
+        "1 stream": decode(1, 0.0),
+        many: decode(sizes.streams, 0.0),
+        f"prefill of {sizes.prefill}": prefill,
+        "1 stream, sampled": decode(1, 0.8),
+        f"{many}, sampled": decode(sizes.streams, 0.8),
+    }
+
+
+def contestants(path: str, sizes: Sizes, threads: int | None, stack: ExitStack) -> dict[str, LocalEngine]:
+    """An engine for each choice of what is off; items that this model does not meet have none."""
+
+    def build(name: str) -> LocalEngine:
+        with switched_off(without(name)):
+            opened = local_engine(
+                path,
+                context=max(sizes.context + sizes.decode + 2, sizes.prefill + 2),
+                positions=sizes.positions,
+                threads=threads,
+                prefix_cache=False,
+                draft_tokens=0,
+            )
+            return stack.enter_context(opened)
+
+    ruled = build(RULED)
+    return {RULED: ruled, ALL: build(ALL)} | {name: build(name) for name in ITEMS if _meets(ruled, name)}
+
+
+def without(name: str) -> tuple[str, ...]:
+    """The items that are off for a contestant of this name."""
+    return () if name == RULED else RULE if name == ALL else (name,)
+
+
+def agreement(engines: Mapping[str, LocalEngine], sizes: Sizes) -> dict[str, dict[str, float]]:
+    """How far each engine's logprobs are from the ruled one's, over the tokens of three prompts and over
+    replies to them, side by side, that go on alike because a bias says how. Raises SystemExit past BOUND."""
+    seen = {}
+    for name, engine in engines.items():
+        source = random.Random(1)
+        lengths = [sizes.context // 4, sizes.context // 2 + 1, sizes.context]
+        with switched_off(without(name)):
+            params = _params(0.0, 2, logprobs=TOP)
+            scored = ask(engine, _requests(engine, source, lengths, params, scores=True))
+            token = source.randrange(engine.model.spec.vocab)
+            params = _params(0.0, sizes.decode // 4 + 2, logprobs=TOP, logit_bias=((token, 1e6),))
+            replies = ask(engine, _requests(engine, source, lengths, params))
+        seen[name] = _logprobs(scored, replies)
+    differences = {}
+    for name, values in seen.items():
+        apart = [abs(value - seen[RULED][key]) for key, value in values.items() if key in seen[RULED]]
+        if name != RULED:
+            differences[name] = {"max": max(apart), "mean": statistics.mean(apart), "compared": len(apart)}
+            if not max(apart) <= BOUND:
+                raise SystemExit(
+                    f"without {name}, a logprob is off by {max(apart):.3f}: not the same function"
+                )
+    return differences
+
+
+def measure(engines: Mapping[str, LocalEngine], sizes: Sizes, rounds: int) -> dict[str, dict[str, list]]:
+    """Tokens a second by workload and contestant, an entry a round. One round more warms up."""
+    names = list(engines)
+    rates: dict[str, dict[str, list[float]]] = {}
+    for number in range(rounds + 1):
+        for workload, run in workloads(sizes).items():
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                with switched_off(without(name)):
+                    rate = run(engines[name], random.Random(number))
+                if number:
+                    rates.setdefault(workload, {}).setdefault(name, []).append(rate)
+        print(f"round {number} of {rounds}", file=sys.stderr)
+    return rates
+
+
+def summary(rates: Mapping[str, Sequence[float]]) -> dict[str, dict]:
+    """Of one workload: medians, and what each item costs as a share of what is had without it."""
+    result = {}
+    for name, free in rates.items():
+        costs = sorted(1 - ruled / rate for ruled, rate in zip(rates[RULED], free, strict=True))
+        result[name] = {
+            "tokens_per_s": round(statistics.median(free), 2),
+            "cost": round(statistics.median(costs), 4),
+            "cost_range": [round(costs[0], 4), round(costs[-1], 4)],
+        }
+    return result
+
+
+def _requests(
+    engine: LocalEngine, source: random.Random, lengths: Sequence[int], params: SamplingParams, **more: bool
+) -> list[Request]:
+    """One of random tokens for each length."""
+    vocab = engine.model.spec.vocab
+    return [
+        Request(f"r{i}", tuple(source.randrange(vocab) for _ in range(length)), params, **more)
+        for i, length in enumerate(lengths)
+    ]
+
+
+def _params(temperature: float, max_tokens: int, **more) -> SamplingParams:
+    return SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=0, **more)
+
+
+def _logprobs(scored: Sequence[Trace], replies: Sequence[Trace]) -> dict[tuple, float]:
+    """Every logprob that is known, by where it stands and its token; None for the token that came."""
+    rows: list[tuple[tuple, TokenOutput | TokenScore | SampledToken]] = []
+    for kind, traces in enumerate((scored, replies)):
+        for i, trace in enumerate(traces):
+            rows += (((kind, i, at), row) for at, row in enumerate(trace.tokens if kind else trace.scores))
+    found: dict[tuple, float] = {}
+    for where, row in rows:
+        found[*where, None] = row.logprob
+        found |= {(*where, entry.token): entry.logprob for entry in row.top}
+    return found
+
+
+def _meets(engine: LocalEngine, item: str) -> bool:
+    """Whether an item makes a difference for the model of this engine, here."""
+    shard = engine.loop._ranks._runners[0].forward.shard
+    if item == "units":
+        return len(shard.units) > 1
+    if item == "activation":
+        return engine.model.dtype == "fp32"
+    if item == "head":
+        return all(head.weight is None for head in shard.heads)
+    return item != "dense" or any(isinstance(w, Bf16Weight | Fp32Weight) for w in _weights(shard))
+
+
+def _weights(shard) -> Iterator[object]:
+    yield from (head.weight for head in shard.heads)
+    for layer in shard.layers:
+        yield from (*layer.qkv.parts, *layer.attention_output)
+        for ffn in layer.ffn:
+            yield from (*ffn.gate_up.parts, *ffn.down)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a GGUF file or a folder")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--streams", type=int, default=Sizes.streams)
+    parser.add_argument("--threads", type=int, help="of a rank; all cores without")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes and one round, to see that it works"
+    )
+    args = parser.parse_args()
+    sizes = QUICK if args.quick else Sizes(streams=args.streams)
+    with ExitStack() as stack:
+        engines = contestants(args.model, sizes, args.threads, stack)
+        numerics = engines[RULED].client._info.numerics
+        differences = agreement(engines, sizes)
+        rates = measure(engines, sizes, 1 if args.quick else args.rounds)
+    found = {workload: summary(of) for workload, of in rates.items()}
+    result = about() | {
+        "model": Path(args.model).name,
+        "numerics": numerics,
+        "sizes": {name: getattr(sizes, name) for name in Sizes.__slots__},
+        "items": {name: ITEMS[name].about for name in engines if name in ITEMS},
+        "logprobs_apart": differences,
+        "workloads": found,
+        "rounds": rates,
+    }
+    rows = [["ruled, tok/s", *(f"{found[w][RULED]['tokens_per_s']:.1f}" for w in found)]]
+    for name in engines:
+        if name != RULED:
+            label = f"without {name}" + (" (not the rule's)" if name in ITEMS and ITEMS[name].kept else "")
+            rows.append([label, *(f"costs {100 * found[w][name]['cost']:.1f}%" for w in found)])
+    show(result, ["", *found], rows)
+
+
+if __name__ == "__main__":
+    main()
