@@ -132,6 +132,12 @@ def serve(
     tp: Tp = 1,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 50051,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT", help="Also answer /metrics, /healthz and /readyz there through HTTP. Default: no."
+        ),
+    ] = None,
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 64,
@@ -164,6 +170,7 @@ def serve(
         ParallelConfig(tp=tp, device=device, kv_memory=kv_memory),
         host=host,
         port=port,
+        metrics_port=metrics_port,
     )
     serve(config, local=local, ray_address=ray_address, as_json=json)
 

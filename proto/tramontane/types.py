@@ -164,3 +164,5 @@ class Load:
     prefix_hit_tokens: int
     preemptions: int
     open_streams: int
+    drafted_tokens: int = 0  # 0 from a server that does not count them
+    accepted_tokens: int = 0

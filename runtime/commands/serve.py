@@ -9,7 +9,7 @@ from runtime.commands.engines import Engine, Front, open_front, preview, start_e
 from runtime.commands.output import write_json, write_line
 from runtime.config import ServeConfig
 from runtime.errors import Unavailable
-from runtime.server.lifecycle import Server, check_address
+from runtime.server.lifecycle import Server, check_addresses
 from runtime.server.lifecycle import serve as start_server
 from runtime.server.pipeline import Completion, Pipeline
 from runtime.types import EngineInfo, FinishReason, SamplingParams
@@ -24,7 +24,7 @@ def serve(config: ServeConfig, *, local: bool, ray_address: str | None, as_json:
     Raises TramontaneError: what cannot be served, a busy port, lost ranks.
     """
     # All that can be refused is refused before weights are read.
-    check_address(config.host, config.port)
+    check_addresses(config.host, config.port, config.metrics_port)
     front = open_front(config.model, chat=True)
     preview(front, config)
     with start_engine(config, local=local, ray_address=ray_address) as engine:
@@ -35,7 +35,9 @@ async def _serve(front: Front, engine: Engine, config: ServeConfig, as_json: boo
     async with engine.connect() as client:
         pipeline = front.pipeline(client, engine.info)
         await _first_step(pipeline)
-        server = await start_server(pipeline, host=config.host, port=config.port)
+        server = await start_server(
+            pipeline, host=config.host, port=config.port, metrics_port=config.metrics_port
+        )
         signalled = asyncio.create_task(server.run_until_signal(DRAIN_SECONDS))
         lost = asyncio.create_task(engine.lost(client))
         await server.ready()
@@ -61,13 +63,16 @@ async def _first_step(pipeline: Pipeline) -> None:
 
 
 def _announce(server: Server, info: EngineInfo, as_json: bool) -> None:
-    address = f"[{server.host}]:{server.port}" if ":" in server.host else f"{server.host}:{server.port}"
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    address = f"{host}:{server.port}"
+    metrics = None if server.metrics_port is None else f"http://{host}:{server.metrics_port}/metrics"
     if as_json:
         write_json(
             {
                 "address": address,
                 "host": server.host,
                 "port": server.port,
+                "metrics": metrics,
                 "model": info.model,
                 "numerics": info.numerics,
                 "tp": info.tp,
@@ -83,4 +88,5 @@ def _announce(server: Server, info: EngineInfo, as_json: bool) -> None:
         write_line(
             f"tramontane: serving {info.model} on {address} "
             f"(tp {info.tp}, context {info.context_length}, numerics {info.numerics})"
+            + (f", metrics at {metrics}" if metrics else "")
         )

@@ -15,12 +15,19 @@ from google.protobuf.message import Message
 from runtime.errors import InvalidArgument, NotFound, QueueFull, Unavailable
 from runtime.server import convert
 from runtime.server.backlog import Backlog
+from runtime.server.metrics import Metrics, StreamMeter
 from runtime.server.pipeline import Pipeline
 from runtime.server.reply import Final, Piece
-from runtime.server.statuses import Cancelled, DeadlineExceeded
+from runtime.server.statuses import Cancelled, DeadlineExceeded, ended_by
 from runtime.types import FinishReason
 from tramontane.v1 import inference_service_pb2 as pb
 from tramontane.v1 import inference_service_pb2_grpc
+
+# How replies are counted whose call ended before they did.
+_BROKEN = {
+    grpc.StatusCode.CANCELLED: FinishReason.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED: FinishReason.DEADLINE,
+}
 
 
 class Admission(enum.Enum):
@@ -34,7 +41,7 @@ class Admission(enum.Enum):
 class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
     """`admission`, `wait_idle` and `cut_off` are for the server that owns this."""
 
-    def __init__(self, pipeline: Pipeline, *, max_streams: int, max_lag: int):
+    def __init__(self, pipeline: Pipeline, metrics: Metrics, *, max_streams: int, max_lag: int):
         """`max_streams`: replies that may be open at once. `max_lag`: tokens and alternatives that a
         stream's reader may be behind before it loses the stream."""
         self.admission = Admission.STARTING
@@ -42,6 +49,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         self._idle = asyncio.Event()
         self._idle.set()
         self._pipeline = pipeline
+        self._metrics = metrics
         self._max_streams = max_streams
         self._max_lag = max_lag
 
@@ -49,8 +57,10 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         self._admit(request.model)
         request_id = secrets.token_hex(8)
         completion = convert.completion(request, request_id, context.time_remaining())
+        resumed = completion.resume is not None and completion.resume.has_tokens
+        meter = self._metrics.stream(replies=True, resumed=resumed)
         try:
-            await self._stream(self._pipeline.run(completion), convert.response, request_id, context)
+            await self._stream(self._pipeline.run(completion), convert.response, request_id, context, meter)
         except InvalidArgument as error:
             raise convert.contract_field(error) from None
 
@@ -58,7 +68,9 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         self._admit(request.model)
         request_id = secrets.token_hex(8)
         completion = convert.scoring(request, request_id, context.time_remaining())
-        await self._stream(self._pipeline.score(completion), convert.score_response, request_id, context)
+        meter = self._metrics.stream(replies=False)
+        pieces = self._pipeline.score(completion)
+        await self._stream(pieces, convert.score_response, request_id, context, meter)
 
     async def Tokenize(self, request, context):
         self._check_model(request.model)
@@ -113,13 +125,14 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         message: Callable[[Piece, str, str], Message],
         request_id: str,
         context: grpc.aio.ServicerContext,
+        meter: StreamMeter,
     ) -> None:
         """Write pieces as messages. They are read by a task of its own, so that a client that does not read
         holds up its own stream alone."""
         backlog = Backlog(self._max_lag)
         self._open.add(backlog)
         self._idle.clear()
-        pump = asyncio.create_task(_pump(pieces, backlog))
+        pump = asyncio.create_task(_pump(pieces, backlog, meter))
         # However this ends, the request must not live on in the engine; depending on where the handler
         # waits, a cancelled call shows as different exceptions, and the callback needs none of them.
         context.add_done_callback(lambda _: pump.cancel())
@@ -132,6 +145,9 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
                     finals.append(piece.final)
             for final in finals:
                 _raise_unless_complete(final)
+        except BaseException as error:
+            meter.cut_off(_BROKEN.get(ended_by(error, context), FinishReason.ERROR))
+            raise
         finally:
             pump.cancel()
             await asyncio.wait([pump])
@@ -156,11 +172,12 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         return convert.model(self._pipeline.info, tokenizer.bos_id, tuple(tokenizer.eos_ids))
 
 
-async def _pump(pieces: AsyncGenerator[Piece, None], backlog: Backlog) -> None:
+async def _pump(pieces: AsyncGenerator[Piece, None], backlog: Backlog, meter: StreamMeter) -> None:
     """Move pieces into the backlog as they come. Errors go to the backlog's reader."""
     try:
         async with aclosing(pieces):
             async for piece in pieces:
+                meter.piece(piece)
                 backlog.put(piece)
     except BaseException as error:
         backlog.close(error)

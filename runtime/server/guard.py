@@ -1,10 +1,10 @@
-"""What stands before every handler: requests that do not parse are refused, errors become statuses.
+"""What stands before every handler: requests that do not parse are refused, errors become statuses, and each
+call is counted by the one it ended with.
 
 Handlers raise TramontaneErrors and never see a malformed request. Anything else that a handler raises is
 a defect: it is logged with its traceback, and the client is told INTERNAL and nothing more.
 """
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -15,12 +15,16 @@ from google.protobuf.descriptor import Descriptor
 from runtime.errors import InvalidArgument, TramontaneError
 from runtime.server import statuses
 from runtime.server.malformed import Malformed, tolerant
+from runtime.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 
 class Guard(grpc.aio.ServerInterceptor):
     """Wraps handlers that take one request. Streaming handlers must write by `context.write`."""
+
+    def __init__(self, metrics: Metrics):
+        self._metrics = metrics
 
     async def intercept_service(self, continuation, handler_call_details):
         handler = await continuation(handler_call_details)
@@ -35,27 +39,34 @@ class Guard(grpc.aio.ServerInterceptor):
         else:
             make, behaviour = grpc.unary_unary_rpc_method_handler, handler.unary_unary
         return make(
-            _guarded(behaviour),
+            _guarded(behaviour, lambda: self._metrics.call(handler_call_details.method)),
             request_deserializer=deserialise,
             response_serializer=handler.response_serializer,
         )
 
 
-def _guarded(behaviour: Callable[..., Awaitable]) -> Callable[..., Awaitable]:
+def _guarded(
+    behaviour: Callable[..., Awaitable], begin: Callable[[], Callable[[str], None]]
+) -> Callable[..., Awaitable]:
+    """`begin` is called when a request has arrived, and what it returns with the name of the status."""
+
     async def guarded(request, context: grpc.aio.ServicerContext):
+        ended = begin()
+        code = grpc.StatusCode.OK
         try:
             if isinstance(request, Malformed):
                 raise InvalidArgument(request.field or "request", request.reason)
             return await behaviour(request, context)
-        except TramontaneError as error:
-            await context.abort(*statuses.of(error))
-        except (grpc.RpcError, grpc.aio.AbortError, asyncio.CancelledError):
-            raise
-        except Exception:
-            if context.done():  # a write that failed because the client has gone
+        except BaseException as error:
+            code = statuses.ended_by(error, context)
+            if isinstance(error, TramontaneError):
+                await context.abort(*statuses.of(error))
+            if code is not grpc.StatusCode.INTERNAL:
                 raise
             log.exception("a request failed by a defect")
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has the cause")
+            await context.abort(code, "internal error; the server's log has the cause")
+        finally:
+            ended(code.name)
 
     return guarded
 

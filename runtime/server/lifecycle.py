@@ -10,6 +10,7 @@ Health of "" is SERVING as long as the process answers at all: a process that dr
 
 import asyncio
 import errno
+import http
 import logging
 import signal
 import socket
@@ -19,10 +20,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from runtime.errors import InvalidArgument, NotEnough
+from runtime.server.engine_metrics import LoadReader
 from runtime.server.grpc_service import Admission, InferenceService
 from runtime.server.guard import Guard
+from runtime.server.metrics import Metrics
 from runtime.server.pipeline import Pipeline
 from runtime.server.reflection import add_reflection
+from runtime.server.watch_port import Page, Pages, WatchPort
 from tramontane.v1 import inference_service_pb2, inference_service_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -42,16 +46,23 @@ class Limits:
 
 
 async def serve(
-    pipeline: Pipeline, *, host: str = "127.0.0.1", port: int = 50051, limits: Limits | None = None
+    pipeline: Pipeline,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 50051,
+    metrics_port: int | None = None,
+    limits: Limits | None = None,
 ) -> "Server":
-    """Start a server; port 0 takes any free one.
+    """Start a server; port 0 takes any free one. With `metrics_port`, /metrics, /healthz and /readyz answer
+    there through HTTP.
 
     Raises NotEnough for a port that cannot be had, InvalidArgument for a host that is not of this machine.
     """
     limits = limits or Limits()
-    check_address(host, port)
-    server = grpc.aio.server(interceptors=[Guard()], options=channel_options(limits))
-    service = InferenceService(pipeline, max_streams=limits.max_streams, max_lag=limits.max_lag)
+    check_addresses(host, port, metrics_port)
+    metrics = Metrics(pipeline.info)
+    server = grpc.aio.server(interceptors=[Guard(metrics)], options=channel_options(limits))
+    service = InferenceService(pipeline, metrics, max_streams=limits.max_streams, max_lag=limits.max_lag)
     inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
     healths = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
@@ -60,14 +71,18 @@ async def serve(
         bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     except RuntimeError:
         raise _busy(host, port) from None
+    watch = None
+    if metrics_port is not None:
+        pages = _pages(metrics, service, LoadReader(pipeline.client))
+        watch = await WatchPort.open(_bind(host, metrics_port, "metrics-port"), pages)
     await server.start()
-    running = Server(host, bound, server, service, healths)
+    running = Server(host, bound, server, service, healths, watch)
     await running.not_ready()
     return running
 
 
 class Server:
-    """A running server. `port` is the one it is bound to."""
+    """A running server. `port` is the one it is bound to, `metrics_port` that of HTTP, if it has one."""
 
     def __init__(
         self,
@@ -76,12 +91,15 @@ class Server:
         server: grpc.aio.Server,
         service: InferenceService,
         healths: health.aio.HealthServicer,
+        watch: WatchPort | None,
     ):
         self.host = host
         self.port = port
+        self.metrics_port = watch and watch.port
         self._server = server
         self._service = service
         self._healths = healths
+        self._watch = watch
 
     async def ready(self) -> None:
         """Take requests: the engine has passed a real forward step."""
@@ -105,13 +123,18 @@ class Server:
             log.warning("%d streams did not finish within %g s", self._service.open_streams, grace)
             await self.stop()
         else:
-            await self._server.stop(_LAST_CALLS)
+            await self._end()
 
     async def stop(self) -> None:
         """Stop now: replies that run end with UNAVAILABLE, and their requests are aborted."""
         self._service.admission = Admission.DRAINING
         self._service.cut_off()
+        await self._end()
+
+    async def _end(self) -> None:
         await self._server.stop(_LAST_CALLS)
+        if self._watch is not None:
+            self._watch.close()
 
     async def run_until_signal(self, grace: float) -> None:
         """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once."""
@@ -158,29 +181,62 @@ def channel_options(limits: Limits) -> list[tuple[str, int]]:
     ]
 
 
-def check_address(host: str, port: int) -> None:
-    """Say what is wrong with an address to bind, where gRPC would only log and fail.
+def _pages(metrics: Metrics, service: InferenceService, loads: LoadReader) -> Pages:
+    """What the metrics' port answers."""
+
+    async def everything(accept: str) -> Page:
+        load = await loads.read()
+        ready = service.admission is Admission.OPEN
+        content_type, text = metrics.render(
+            load, ready=ready, open_streams=service.open_streams, accept=accept
+        )
+        return Page(text, content_type)
+
+    async def alive(accept: str) -> Page:
+        return Page(b"alive\n")
+
+    async def ready(accept: str) -> Page:
+        if service.admission is Admission.OPEN:
+            return Page(b"ready\n")
+        return Page(f"{service.admission.value}\n".encode(), status=http.HTTPStatus.SERVICE_UNAVAILABLE)
+
+    return {"/metrics": everything, "/healthz": alive, "/readyz": ready}
+
+
+def check_addresses(host: str, port: int, metrics_port: int | None = None) -> None:
+    """Say what is wrong with addresses to bind, where gRPC would only log and fail.
 
     `serve` does this itself; callers with slow work before it may want to know first. Raises as it does.
     """
+    with _bind(host, port, "port"):
+        if metrics_port is not None:
+            if metrics_port == port != 0:
+                raise InvalidArgument("metrics-port", f"{port} is the port of gRPC; choose another")
+            _bind(host, metrics_port, "metrics-port").close()
+
+
+def _bind(host: str, port: int, name: str) -> socket.socket:
+    """A listening socket. Errors call the port `name`."""
     if not 0 <= port <= 65535:
-        raise InvalidArgument("port", f"must be from 0 to 65535, not {port}")
+        raise InvalidArgument(name, f"must be from 0 to 65535, not {port}")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError:
         raise InvalidArgument("host", f"{host!r} is not an address of this machine") from None
     family, kind, protocol, _, address = found[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-            probe.listen(1)
-        except PermissionError:
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen()
+    except OSError as error:
+        bound.close()
+        if isinstance(error, PermissionError):
             raise NotEnough(f"port {port} needs more rights; use one above 1023") from None
-        except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
-                raise InvalidArgument("host", f"{host!r} is not an address of this machine") from None
-            raise _busy(host, port) from None
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise InvalidArgument("host", f"{host!r} is not an address of this machine") from None
+        raise _busy(host, port) from None
+    return bound
 
 
 def _busy(host: str, port: int) -> NotEnough:

@@ -1,5 +1,6 @@
 """Errors as gRPC statuses with google.rpc details. The table of the service's contract, in code."""
 
+import asyncio
 from collections.abc import Sequence
 
 import grpc
@@ -35,6 +36,20 @@ def of(error: TramontaneError) -> tuple[grpc.StatusCode, str, tuple]:
     info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
     status = status_pb2.Status(code=code.value[0], message=message, details=_packed([info, *details]))
     return code, message, (*rpc_status.to_status(status).trailing_metadata, *trailers)
+
+
+def ended_by(error: BaseException, context: grpc.aio.ServicerContext) -> grpc.StatusCode:
+    """The status of a call whose handler raised `error`: INTERNAL only for a defect.
+
+    A client that leaves, or whose deadline passes, shows as a cancellation where the handler waits and as
+    some failure of a write where it writes."""
+    if isinstance(error, TramontaneError):
+        return of(error)[0]
+    gone = (grpc.RpcError, grpc.aio.AbortError, asyncio.CancelledError)
+    if isinstance(error, gone) or not isinstance(error, Exception) or context.done():
+        late = context.time_remaining() == 0
+        return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+    return grpc.StatusCode.INTERNAL
 
 
 def _classify(error: TramontaneError) -> tuple[grpc.StatusCode, str, list[Message], list[tuple[str, str]]]:

@@ -1,0 +1,98 @@
+"""An engine's Load as Prometheus metrics, and the asking for it.
+
+An engine that is stuck or gone must not take its metrics' reader along: it is given a moment, and then the
+only thing said of it is that it is down. Knows nothing of streams and ports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from runtime.errors import TramontaneError
+from runtime.server.engine_client import EngineClient
+from runtime.types import Load
+
+PATIENCE = 1.0  # seconds that an engine has to answer; scrapes time out after ten by default
+# Name after "tramontane_engine_": the field of Load, and what it is.
+_GAUGES = {
+    "running_sequences": ("running", "Sequences in the batch."),
+    "waiting_sequences": ("waiting", "Sequences that wait to be admitted."),
+    "queued_tokens": ("queued_tokens", "Prompt tokens of the sequences that wait."),
+    "kv_blocks": ("total_blocks", "KV blocks there are."),
+    "kv_blocks_free": ("free_blocks", "KV blocks that a sequence could take."),
+    "kv_blocks_cached": ("cached_blocks", "Of the free KV blocks, those that still hold a prefix."),
+}
+_COUNTERS = {
+    "steps": ("steps", "Forward steps planned."),
+    "preemptions": ("preemptions", "Sequences put back to wait, for want of KV blocks."),
+    "prefix_query_tokens": ("prefix_query_tokens", "Prompt tokens looked up in the prefix cache."),
+    "prefix_hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
+    "drafted_tokens": ("drafted_tokens", "Tokens guessed ahead by speculation."),
+    "accepted_tokens": ("accepted_tokens", "Guessed tokens that were right."),
+}
+
+
+class EngineCollector(Collector):
+    """The metrics of `load`, which whoever writes them out sets just before; None: no answer."""
+
+    def __init__(self, max_sequences: int):
+        self.load: Load | None = None
+        self._max_sequences = max_sequences
+
+    def describe(self) -> Iterator[Metric]:
+        """All families, without values."""
+        yield GaugeMetricFamily("tramontane_engine_up", "1 if the engine answered, else 0.")
+        yield GaugeMetricFamily("tramontane_engine_max_sequences", "Most sequences in a batch.")
+        for family, readings in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, (_, text) in readings.items():
+                yield family(f"tramontane_engine_{name}", text)
+
+    def collect(self) -> Iterator[Metric]:
+        readings = _GAUGES | _COUNTERS
+        for family in self.describe():
+            name = family.name.removeprefix("tramontane_engine_")
+            if name == "up":
+                family.add_metric([], self.load is not None)
+            elif name == "max_sequences":
+                family.add_metric([], self._max_sequences)
+            elif self.load is None:
+                continue
+            else:
+                family.add_metric([], getattr(self.load, readings[name][0]))
+            yield family
+
+
+class LoadReader:
+    """Asks an engine how busy it is, and does not wait long."""
+
+    def __init__(self, client: EngineClient, patience: float = PATIENCE):
+        """`patience`: seconds that the engine has to answer."""
+        self._client = client
+        self._patience = patience
+        self._asked: asyncio.Task[Load] | None = None
+
+    async def read(self) -> Load | None:
+        """None if the engine is gone or does not answer in time. A question that is still open is not asked
+        again: many scrapes of a stuck engine leave one behind, not many."""
+        if self._asked is None or self._asked.done():
+            self._asked = asyncio.create_task(self._client.load())
+            self._asked.add_done_callback(_take_notice)
+        asked = self._asked
+        # Not `wait_for`, which would cancel what another scrape may be waiting for too.
+        await asyncio.wait([asked], timeout=self._patience)
+        if not asked.done():
+            return None
+        try:
+            return asked.result()
+        except TramontaneError:
+            return None
+
+
+def _take_notice(asked: asyncio.Task[Load]) -> None:
+    """asyncio complains of errors that nobody looked at."""
+    if not asked.cancelled():
+        asked.exception()
