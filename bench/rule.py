@@ -18,7 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,7 +35,7 @@ TOP = 20  # likeliest tokens whose logprobs are compared
 BOUND = 1.0  # what one may differ by, natural log; the bf16 sums of another order are off by a tenth of it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sizes:
     streams: int = 16
     context: int = 64
@@ -221,7 +221,7 @@ def main() -> None:
     result = about() | {
         "model": Path(args.model).name,
         "numerics": numerics,
-        "sizes": {name: getattr(sizes, name) for name in Sizes.__slots__},
+        "sizes": asdict(sizes),
         "items": {name: ITEMS[name].about for name in engines if name in ITEMS},
         "logprobs_apart": differences,
         "workloads": found,
