@@ -22,6 +22,7 @@ from tramontane.v1 import inference_service_pb2
 
 _SERVICE = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"]
 METHODS = tuple(method.name for method in _SERVICE.methods)
+_OPENMETRICS = "application/openmetrics-text"
 # Upper bounds in seconds. A first token waits for a queue and a prefill, a further one for a step.
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -116,12 +117,13 @@ class Metrics:
     def render(
         self, load: Load | None, *, ready: bool, open_streams: int, accept: str = ""
     ) -> tuple[str, bytes]:
-        """Content type and text of everything, in the form that an Accept header asks for. `load`: None if
-        the engine did not answer."""
+        """Content type and text of everything: OpenMetrics where an Accept header names it, else Prometheus'
+        own text form. `load`: None if the engine did not answer."""
         self._engine.load = load
         self._ready.set(ready)
         self._open_streams.set(open_streams)
-        encode, content_type = choose_encoder(accept)
+        form = _OPENMETRICS if _OPENMETRICS in accept else ""  # the rest of the header can be anything
+        encode, content_type = choose_encoder(form)
         return content_type, encode(self._registry)
 
 

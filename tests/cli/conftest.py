@@ -18,5 +18,5 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(tiny):
     """The ready line of a server of `tiny` in one process, without Ray."""
-    with serving(tiny, "--local", "--tp", "2", "--name", "small") as (_, ready):
+    with serving(tiny, "--local", "--tp", "2", "--name", "small", "--metrics-port", "0") as (_, ready):
         yield ready

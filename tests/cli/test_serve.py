@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 
 import pytest
 
@@ -20,6 +21,14 @@ def test_the_ready_line_says_where_and_what(server):
     with Client(server["address"]) as client:
         model = client.model(timeout=10)
     assert (model.name, model.numerics, model.tp) == ("small", server["numerics"], 2)
+
+
+def test_the_ready_line_says_where_the_metrics_are(server):
+    with urllib.request.urlopen(server["metrics"], timeout=10) as answer:
+        text = answer.read().decode()
+    assert 'tramontane_server_info{model="small"' in text
+    assert "tramontane_ready 1.0" in text and "tramontane_engine_up 1.0" in text
+    assert server["metrics"].startswith("http://127.0.0.1:")
 
 
 def test_a_served_reply_is_the_local_one(server, tiny):
@@ -101,7 +110,9 @@ def test_bench_refuses_what_does_not_fit(server):
 
 
 def test_a_second_server_on_the_port(server, tiny):
-    refused(run("serve", str(tiny), "--local", "--port", str(server["port"])), "busy", str(server["port"]))
+    taken = str(server["port"])
+    refused(run("serve", str(tiny), "--local", "--port", taken), "busy", taken)
+    refused(run("serve", str(tiny), "--local", "--port", "0", "--metrics-port", taken), "busy", taken)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -32,10 +32,17 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def serving(engine: ScriptedEngine, *, limits: Limits | None = None, ready=True, context_length=4096):
+async def serving(
+    engine: ScriptedEngine,
+    *,
+    limits: Limits | None = None,
+    ready=True,
+    context_length=4096,
+    metrics_port: int | None = None,
+):
     tokenizer = PieceTokenizer()
     pipeline = Pipeline(tokenizer, None, engine, info_for(tokenizer, context_length))
-    server = await serve(pipeline, port=0, limits=limits)
+    server = await serve(pipeline, port=0, metrics_port=metrics_port, limits=limits)
     if ready:
         await server.ready()
     try:

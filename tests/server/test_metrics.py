@@ -1,0 +1,335 @@
+"""What the server counts moves with what it does, whatever becomes of its engine."""
+
+import asyncio
+import contextlib
+
+import grpc
+import prometheus_client
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.errors import QueueFull, Unavailable
+from runtime.server.engine_metrics import LoadReader
+from runtime.server.metrics import METHODS, Metrics
+from runtime.server.reply import Final, Piece
+from runtime.types import FinishReason
+from tests.server.harness import Running, ask, refusal, serving
+from tests.server.scrape import Samples, parse, scrape
+from tests.server.scripted import BOS, PieceTokenizer, ScriptedEngine, info_for
+from tests.server.test_streams import until
+from tramontane.v1 import generate_pb2, inference_service_pb2, score_pb2
+
+
+def watched(engine: ScriptedEngine, visit, **options) -> Samples:
+    """The samples after `visit(running)`, when every call it made has been counted."""
+
+    async def go():
+        async with serving(engine, metrics_port=0, **options) as running:
+            await visit(running)
+            return await settled(running)
+
+    return asyncio.run(go())
+
+
+async def settled(running: Running) -> Samples:
+    """A call is counted after its client has heard how it ended."""
+    await until(lambda: running.server._service.open_streams == 0)
+    await asyncio.sleep(0.02)
+    return await scrape(running.server.metrics_port)
+
+
+async def read(call) -> list:
+    return [message async for message in call]
+
+
+def test_a_reply_moves_what_it_should():
+    async def visit(running):
+        await read(running.stub.Generate(ask("hello")))
+
+    seen = watched(ScriptedEngine(b"abcde", pace=0.01), visit)
+    assert seen("tramontane_requests_total", method="Generate", code="OK") == 1
+    assert seen("tramontane_request_duration_seconds_count", method="Generate") == 1
+    assert 0.05 < seen("tramontane_request_duration_seconds_sum", method="Generate") < 5
+    assert seen("tramontane_replies_total", reason="length") == 1
+    assert seen("tramontane_prompt_tokens_total") == 6  # BOS and five bytes
+    assert seen("tramontane_cached_prompt_tokens_total") == 0
+    assert seen("tramontane_completion_tokens_total") == 5
+    assert seen("tramontane_time_to_first_token_seconds_count") == 1
+    assert 0.01 < seen("tramontane_time_to_first_token_seconds_sum") < 5
+    assert seen("tramontane_time_between_tokens_seconds_count") == 4
+    assert 0.04 < seen("tramontane_time_between_tokens_seconds_sum") < 5
+    assert seen("tramontane_resumed_streams_total") == 0
+    assert seen("tramontane_ready") == 1 and seen("tramontane_open_streams") == 0
+    others = {method: seen("tramontane_requests_total", method=method, code="OK") for method in METHODS}
+    assert sum(others.values()) == 1
+
+
+def test_choices_share_a_prompt_and_count_as_replies():
+    async def visit(running):
+        await read(running.stub.Generate(generate_pb2.GenerateRequest(text="hi", n=3)))
+
+    seen = watched(ScriptedEngine(b"abcde", cached=2), visit)
+    assert seen("tramontane_requests_total", method="Generate", code="OK") == 1
+    assert seen("tramontane_replies_total", reason="length") == 3
+    assert seen("tramontane_prompt_tokens_total") == 3
+    assert seen("tramontane_cached_prompt_tokens_total") == 2
+    assert seen("tramontane_completion_tokens_total") == 15
+    assert seen("tramontane_time_to_first_token_seconds_count") == 1
+    assert seen("tramontane_time_between_tokens_seconds_count") == 12
+
+
+def test_tokens_after_a_stop_string_do_not_count():
+    async def visit(running):
+        await read(running.stub.Generate(ask(stop=["c"])))
+
+    seen = watched(ScriptedEngine(b"abcde" * 20, overrun=2), visit)
+    assert seen("tramontane_completion_tokens_total") == 3
+    assert seen("tramontane_replies_total", reason="stop") == 1
+
+
+def test_a_cancelled_reply():
+    async def visit(running):
+        call = running.stub.Generate(ask())
+        await call.read()
+        seen = await scrape(running.server.metrics_port)
+        assert seen("tramontane_open_streams") == 1
+        assert seen("tramontane_engine_running_sequences") == 1
+        call.cancel()
+
+    seen = watched(ScriptedEngine(b"ab", hang=True), visit)
+    assert seen("tramontane_requests_total", method="Generate", code="CANCELLED") == 1
+    assert seen("tramontane_requests_total", method="Generate", code="OK") == 0
+    assert seen("tramontane_replies_total", reason="cancelled") == 1
+    assert seen("tramontane_completion_tokens_total") == 2
+
+
+def test_a_reply_whose_deadline_passes():
+    async def visit(running):
+        error = await refusal(running.stub.Generate(ask(), timeout=0.3))
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+    seen = watched(ScriptedEngine(b"ab", hang=True), visit)
+    assert seen("tramontane_requests_total", method="Generate", code="DEADLINE_EXCEEDED") == 1
+    assert seen("tramontane_replies_total", reason="deadline") == 1
+
+
+def test_a_reply_that_the_engine_fails():
+    async def visit(running):
+        await refusal(running.stub.Generate(ask()))
+
+    seen = watched(ScriptedEngine(b"abcde", dies=2), visit)
+    assert seen("tramontane_requests_total", method="Generate", code="UNAVAILABLE") == 1
+    assert seen("tramontane_replies_total", reason="error") == 1
+    assert seen("tramontane_completion_tokens_total") == 2
+
+
+def test_a_reply_that_a_defect_breaks():
+    class Broken(ScriptedEngine):
+        async def _outputs(self, request):
+            async for output in super()._outputs(request):
+                yield output
+                raise RuntimeError("a defect")
+
+    async def visit(running):
+        await refusal(running.stub.Generate(ask()))
+
+    seen = watched(Broken(b"abcde"), visit)
+    assert seen("tramontane_requests_total", method="Generate", code="INTERNAL") == 1
+    assert seen("tramontane_replies_total", reason="error") == 1
+
+
+def test_refused_calls_have_a_status_and_no_replies():
+    async def visit(running):
+        await refusal(running.stub.Generate(ask(temperature=-1.0)))
+        await refusal(running.stub.Generate(generate_pb2.GenerateRequest(text="x", model="another")))
+        running.engine.refuse = QueueFull(1.0)
+        await refusal(running.stub.Generate(ask()))
+        path = "/tramontane.v1.InferenceService/Generate"
+        await refusal(running.channel.unary_unary(path)(b"\xff"))  # does not parse
+
+    seen = watched(ScriptedEngine(b"a"), visit)
+    for code, count in {"INVALID_ARGUMENT": 2, "NOT_FOUND": 1, "RESOURCE_EXHAUSTED": 1, "OK": 0}.items():
+        assert seen("tramontane_requests_total", method="Generate", code=code) == count
+    assert all(seen("tramontane_replies_total", reason=reason.value) == 0 for reason in FinishReason)
+    assert seen("tramontane_prompt_tokens_total") == 0
+
+
+def test_only_streams_that_went_on_count_as_resumed():
+    async def visit(running):
+        def resuming(numerics):
+            resume = generate_pb2.Resume(numerics=numerics, seed=1)
+            resume.choices.add(ids=b"ab")
+            return generate_pb2.GenerateRequest(text="hi", resume=resume)
+
+        await refusal(running.stub.Generate(resuming("another's")))
+        await read(running.stub.Generate(ask()))
+        assert (await settled(running))("tramontane_resumed_streams_total") == 0
+        await read(running.stub.Generate(resuming("test-numerics")))
+
+    seen = watched(ScriptedEngine(b"abcde"), visit)
+    assert seen("tramontane_resumed_streams_total") == 1
+    assert seen("tramontane_completion_tokens_total") == 5 + 3
+
+
+def test_a_scored_text_has_a_prompt_and_no_replies():
+    async def visit(running):
+        await read(running.stub.Score(score_pb2.ScoreRequest(text="hello")))
+        await running.stub.ListModels(inference_service_pb2.ListModelsRequest())
+
+    seen = watched(ScriptedEngine(), visit)
+    assert seen("tramontane_requests_total", method="Score", code="OK") == 1
+    assert seen("tramontane_requests_total", method="ListModels", code="OK") == 1
+    assert seen("tramontane_prompt_tokens_total") == 6
+    assert seen("tramontane_completion_tokens_total") == 0
+    assert seen("tramontane_time_to_first_token_seconds_count") == 0
+    assert all(seen("tramontane_replies_total", reason=reason.value) == 0 for reason in FinishReason)
+
+
+def test_the_engine_is_asked_at_each_scrape():
+    async def visit(running):
+        running.engine.running = 5
+
+    seen = watched(ScriptedEngine(), visit)
+    assert {name: seen(f"tramontane_engine_{name}") for name in (
+        "up", "max_sequences", "running_sequences", "waiting_sequences", "queued_tokens", "kv_blocks",
+        "kv_blocks_free", "kv_blocks_cached", "steps_total", "prefix_hit_tokens_total",
+        "prefix_query_tokens_total", "preemptions_total", "drafted_tokens_total", "accepted_tokens_total",
+    )} == {
+        "up": 1, "max_sequences": 8, "running_sequences": 5, "waiting_sequences": 3, "queued_tokens": 100,
+        "kv_blocks": 64, "kv_blocks_free": 40, "kv_blocks_cached": 8, "steps_total": 1000,
+        "prefix_hit_tokens_total": 50, "prefix_query_tokens_total": 200, "preemptions_total": 2,
+        "drafted_tokens_total": 0, "accepted_tokens_total": 0,
+    }  # fmt: skip
+
+
+class Gone(ScriptedEngine):
+    async def load(self):
+        raise Unavailable("rank 1 is gone")
+
+
+class Stuck(ScriptedEngine):
+    asked = 0
+
+    async def load(self):
+        self.asked += 1
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("kind", [Gone, Stuck])
+def test_a_dead_engine_leaves_the_servers_own_metrics(kind):
+    async def visit(running):
+        await read(running.stub.Generate(ask()))
+
+    seen = watched(kind(b"abc"), visit)
+    assert seen("tramontane_engine_up") == 0
+    assert seen("tramontane_completion_tokens_total") == 3
+    assert {name for name in seen.names if name.startswith("tramontane_engine")} == {
+        "tramontane_engine_up",
+        "tramontane_engine_max_sequences",
+    }
+
+
+def test_a_stuck_engine_is_asked_once_until_it_answers():
+    async def go():
+        engine = Stuck()
+        reader = LoadReader(engine, patience=0.02)
+        assert await asyncio.gather(*(reader.read() for _ in range(3))) == [None] * 3
+        assert await reader.read() is None
+        assert engine.asked == 1
+        reader._asked.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reader._asked
+        engine.load = ScriptedEngine().load
+        assert (await reader.read()).total_blocks == 64
+
+    asyncio.run(go())
+
+
+def test_every_label_is_one_of_a_few():
+    """Whatever clients send."""
+
+    async def visit(running):
+        await refusal(running.stub.Generate(generate_pb2.GenerateRequest(text="x", model="m" * 50)))
+        await refusal(running.channel.unary_unary("/tramontane.v1.InferenceService/Steal")(b""))
+        await refusal(running.channel.unary_unary("/any.Service/Generate")(b""))
+        await read(running.stub.Generate(ask("user input", seed=7)))
+
+    seen = watched(ScriptedEngine(b"a"), visit)
+    allowed = {
+        "method": set(METHODS),
+        "code": {code.name for code in grpc.StatusCode},
+        "reason": {reason.value for reason in FinishReason},
+        "model": {"scripted"},
+        "numerics": {"test-numerics"},
+        "tp": {"2"},
+    }
+    for _, labels in seen:
+        for label, value in labels:
+            assert label in ("le", "version") or value in allowed[label]
+    assert ("tramontane_server_info" in seen.names) and len(seen) < 400
+
+
+def test_servers_of_one_process_count_apart():
+    async def go():
+        async with (
+            serving(ScriptedEngine(b"a"), metrics_port=0) as one,
+            serving(ScriptedEngine(b"a"), metrics_port=0) as other,
+        ):
+            await read(one.stub.Generate(ask()))
+            return await settled(one), await settled(other)
+
+    one, other = asyncio.run(go())
+    assert one("tramontane_completion_tokens_total") == 1 and other("tramontane_completion_tokens_total") == 0
+    assert not any("tramontane" in family.name for family in prometheus_client.REGISTRY.collect())
+
+
+def test_tokens_that_a_reply_begins_with_are_not_made_here():
+    """Such as those of a reply that had ended already: no token, no time, but a reply."""
+
+    async def visit(running):
+        resume = generate_pb2.Resume(numerics="test-numerics", seed=1)
+        resume.choices.add(ids=b"abc")
+        request = generate_pb2.GenerateRequest(text="hi", resume=resume)
+        request.sampling.max_tokens = 3
+        await read(running.stub.Generate(request))
+
+    seen = watched(ScriptedEngine(b"abcde"), visit)
+    assert seen("tramontane_completion_tokens_total") == 0
+    assert seen("tramontane_time_to_first_token_seconds_count") == 0
+    assert seen("tramontane_replies_total", reason="length") == 1
+    assert seen("tramontane_resumed_streams_total") == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.floats(0, 5), st.booleans()), max_size=40),
+    st.sampled_from([FinishReason.CANCELLED, FinishReason.ERROR, FinishReason.DEADLINE]),
+)
+def test_sums_hold_for_any_order_of_pieces(script, reason):
+    """A piece is (choice, seconds since the last one, whether it ends its choice)."""
+    now = 0.0
+    metrics = Metrics(info_for(PieceTokenizer()), clock=lambda: now)
+    meter = metrics.stream(replies=True)
+    begun, ended, tokens = {}, set(), 0
+    for choice, passed, last in script:
+        now += passed
+        if choice in ended:
+            continue
+        final = Final(FinishReason.STOP, None, 1, 7, 4, 1, 0, "") if last else None
+        meter.piece(Piece("", () if last else (BOS,), final=final, choice=choice))
+        if last:
+            ended.add(choice)
+        else:
+            tokens += 1
+            begun.setdefault(choice, now)
+    meter.cut_off(reason)
+    meter.cut_off(reason)
+    seen = parse(metrics.render(None, ready=False, open_streams=0)[1].decode())
+    assert seen("tramontane_completion_tokens_total") == tokens
+    assert seen("tramontane_replies_total", reason="stop") == len(ended)
+    assert seen("tramontane_replies_total", reason=reason.value) == len(begun.keys() - ended)
+    assert seen("tramontane_prompt_tokens_total") == (7 if ended else 0)
+    assert seen("tramontane_cached_prompt_tokens_total") == (4 if ended else 0)
+    assert seen("tramontane_time_to_first_token_seconds_count") == bool(begun)
+    assert seen("tramontane_time_to_first_token_seconds_sum") == pytest.approx(min(begun.values(), default=0))
+    assert seen("tramontane_time_between_tokens_seconds_count") == tokens - len(begun)
