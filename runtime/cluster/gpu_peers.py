@@ -32,9 +32,6 @@ class GpuCommunicator:
         if self._device.type == "cuda":
             self._small = open_symmetric(self._group, self._device, self.rank)
 
-    def settled(self) -> None:
-        self._host.settled()
-
     def close(self) -> None:
         self._host.close()
 

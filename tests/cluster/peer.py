@@ -17,7 +17,8 @@ from functools import partial
 import torch
 
 from runtime.cluster.gpu_peers import GpuCommunicator
-from runtime.cluster.peers import PeerAddress, PeerListener, SocketCommunicator
+from runtime.cluster.mesh import Mesh, PeerAddress, PeerListener
+from runtime.cluster.peers import SocketCommunicator
 from runtime.errors import TramontaneError
 
 SIZES = (0, 1, 1000, 32 * 1024, 32 * 1024 + 1, 100_000, 256 * 1024, 256 * 1024 + 1, 1 << 20, 3_000_001)
@@ -100,7 +101,7 @@ def main() -> None:
     print(json.dumps([listener.address.host, listener.address.port]), flush=True)
     addresses = [PeerAddress(*address) for address in json.loads(sys.stdin.readline())]
     assert len(addresses) == size
-    comm = SocketCommunicator(rank, addresses, listener, token)
+    comm = SocketCommunicator(Mesh(rank, addresses, listener, token))
     try:
         SCRIPTS[script](comm)
         print("done", flush=True)
