@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from runtime.capacity import kv_blocks
 from runtime.cluster.actors import EngineActor, RankActor, RankReport
+from runtime.cluster.session import start_ray
 from runtime.config import ParallelConfig, ServeConfig
 from runtime.errors import NotEnough, TramontaneError, Unavailable
 from runtime.model.device import resolve_device
@@ -26,7 +26,6 @@ from runtime.wire.gateway_channel import EngineChannel
 
 PLACE_SECONDS = 60.0
 BUNDLE = {"CPU": 0.001}  # CPU ranks divide the cores by threads; whole-core bundles would not place
-OBJECT_STORE = 80 << 20  # Ray's smallest: nothing of ours goes through the object store
 
 
 class Cluster:
@@ -56,7 +55,7 @@ class Cluster:
         self._token = secrets.token_hex(32)
         try:
             say("starting Ray" if ray_address is None else f"joining Ray at {ray_address}")
-            self._start_ray(ray_address)
+            self._started_ray = start_ray(ray_address)
             config = _on(config, _device_of_cluster(config.parallel))
             host = "127.0.0.1" if ray_address is None else None
             say(f"starting {config.parallel.tp} rank(s)")
@@ -122,28 +121,6 @@ class Cluster:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _start_ray(self, address: str | None) -> None:
-        if ray.is_initialized():
-            return
-        options = {"log_to_driver": False, "namespace": "tramontane", "logging_level": "ERROR"}
-        # Ray reports usage over the network unless it is told not to; whoever wants that sets the variable.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if address is None:
-            options |= {
-                "address": "local",
-                "include_dashboard": False,
-                "num_cpus": max(2, os.cpu_count() or 1),
-                "object_store_memory": OBJECT_STORE,
-            }
-        else:
-            options["address"] = address
-        try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = "locally" if address is None else f"at {address}"
-            raise Unavailable(f"Ray cannot be reached {where}: {str(error).splitlines()[0]}") from error
-        self._started_ray = True
 
     def _place(self, parallel: ParallelConfig, host: str | None) -> None:
         """Actors in one placement group: tensor parallelism stays inside a node."""
