@@ -15,8 +15,18 @@ from functools import partial
 import psutil
 import ray
 
+from runtime.cluster.versions import installed
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.types import EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class RankHello:
+    """What a rank says of itself as soon as it lives."""
+
+    address: object  # a `mesh.PeerAddress`: where its peers reach it
+    node: str
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,41 +48,49 @@ class RankReport:
 class RankActor:
     """One rank. `run` is one long call; its reference says when the rank has ended."""
 
-    def __init__(self, rank: int, host: str | None, token: str, threads: int | None, tp: int):
-        import torch
+    def __init__(self, rank: int, host: str | None, token: str):
+        from runtime.cluster.mesh import PeerListener
 
         self._rank = rank
-        self._tp = tp
         self._token = token
-        self._threads = threads or max(1, (os.cpu_count() or 1) // tp)
-        torch.set_num_threads(self._threads)
-        from runtime.cluster.peers import PeerListener
-
         self._listener = PeerListener(host or ray.util.get_node_ip_address(), token)
 
-    def address(self):
-        return self._listener.address
+    def hello(self) -> RankHello:
+        return RankHello(self._listener.address, ray.util.get_node_ip_address(), installed())
 
     def load(
         self, model: ModelConfig, engine: EngineConfig, parallel: ParallelConfig, addresses: list
     ) -> RankReport:
         """Meet the other ranks and load this one's share of the weights."""
+        import torch
+
         from runtime.capacity import kv_blocks
         from runtime.cluster.gpu_peers import GpuCommunicator
+        from runtime.cluster.mesh import Mesh
         from runtime.cluster.peers import SocketCommunicator
+        from runtime.cluster.stage_pipe import StagePipe
         from runtime.model.communicator import Alone
         from runtime.model.header import open_model
         from runtime.model.load import engine_info, load_shard
 
+        here = sum(address.host == addresses[self._rank].host for address in addresses)
+        self._threads = parallel.threads or max(1, (os.cpu_count() or 1) // here)
+        torch.set_num_threads(self._threads)
         opened = open_model(model, parallel.device)
-        room = partial(kv_blocks, opened, engine, parallel, model.max_model_len)
+        sharers = here if opened.device == "cpu" else 1
+        room = partial(kv_blocks, opened, engine, parallel, model.max_model_len, sharers=sharers)
         config = room() if opened.device == "cpu" else None  # on a GPU once the weights have taken theirs
-        self._comm = Alone()
-        if self._tp > 1:
-            self._comm = SocketCommunicator(self._rank, addresses, self._listener, self._token)
+        self._comm, self._pipe, self._mesh = Alone(), None, None
+        tp = parallel.tp
+        if len(addresses) > 1:
+            self._mesh = Mesh(self._rank, addresses, self._listener, self._token)
+        if tp > 1:
+            self._comm = SocketCommunicator(self._mesh, self._rank // tp * tp, tp)
             if opened.device == "cuda":
                 self._comm = GpuCommunicator(self._comm)
-        self._shard, read = load_shard(opened, self._rank, self._tp)
+        if parallel.pp > 1:
+            self._pipe = StagePipe(self._mesh, tp)
+        self._shard, read = load_shard(opened, self._rank, tp, pp=parallel.pp)
         config = config or room()
         return RankReport(
             self._rank,
@@ -83,7 +101,7 @@ class RankActor:
             read.bytes_per_second,
             self._shard.nbytes,
             config,
-            engine_info(opened, model, config, self._tp),
+            engine_info(opened, model, config, tp, pp=parallel.pp),
         )
 
     def run(self, config: EngineConfig, host: str, port: int) -> str:
@@ -94,23 +112,23 @@ class RankActor:
         from runtime.model.runners import make_runner
 
         torch.set_num_threads(self._threads)  # the setting belongs to the calling thread
-        if self._tp > 1:
-            self._comm.settled()  # all ranks have loaded by now, and so joined
+        if self._mesh is not None:
+            self._mesh.settled()  # all ranks have loaded by now, and so joined
         runner = make_runner(
             self._shard,
             self._comm,
             total_blocks=config.total_blocks,
             block_size=config.block_size,
             max_positions=config.max_model_len,
+            pipe=self._pipe,
         )
         self._cache_bytes = runner.cache_bytes
         _spare_the_collector()
         try:
-            return run_rank(runner, host, port, self._token)
+            return run_rank(runner, self._rank, host, port, self._token)
         finally:
-            close = getattr(self._comm, "close", None)
-            if close is not None:
-                close()
+            if self._mesh is not None:
+                self._mesh.close()
 
     def memory(self) -> dict[str, int]:
         """Bytes of weights and KV, and of the whole process."""
@@ -125,11 +143,11 @@ class RankActor:
 class EngineActor:
     """The scheduler of one replica, the ranks' step channel, and the door for gateways."""
 
-    def __init__(self, host: str | None, token: str, tp: int):
+    def __init__(self, host: str | None, token: str, ranks: int):
         from runtime.cluster.step_channel import TcpRanks
         from runtime.wire.connection import Listener
 
-        self._ranks = TcpRanks(tp)
+        self._ranks = TcpRanks(ranks)
         self._serving = threading.Event()
         self._gateways: set = set()
         self._listener = Listener(host or ray.util.get_node_ip_address(), token, self._greet)

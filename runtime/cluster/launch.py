@@ -10,22 +10,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from runtime.capacity import kv_blocks
-from runtime.cluster.actors import EngineActor, RankActor, RankReport
+from runtime.cluster.actors import EngineActor, RankActor, RankHello, RankReport
+from runtime.cluster.placement import place
 from runtime.cluster.session import start_ray
+from runtime.cluster.versions import check_alike
 from runtime.config import ParallelConfig, ServeConfig
 from runtime.errors import NotEnough, TramontaneError, Unavailable
 from runtime.model.device import resolve_device
 from runtime.model.header import open_model
+from runtime.model.stages import stage_layers
 from runtime.model.units import rank_units
 from runtime.types import EngineInfo, Finished, FinishReason, Request, SamplingParams
 from runtime.wire.gateway_channel import EngineChannel
 
-PLACE_SECONDS = 60.0
-BUNDLE = {"CPU": 0.001}  # CPU ranks divide the cores by threads; whole-core bundles would not place
+START_SECONDS = 120.0  # for an actor's process to start and import what it needs
 
 
 class Cluster:
@@ -44,6 +46,7 @@ class Cluster:
             config = _on(config, resolve_device(config.parallel.device))
         opened = open_model(config.model)
         rank_units(len(opened.units), config.parallel.tp)
+        stage_layers(opened, config.parallel.pp)
         if config.parallel.device == "cpu" and ray_address is None:
             # This host's memory is the ranks'; elsewhere, and on GPUs, they judge by their own.
             kv_blocks(opened, config.engine, config.parallel, config.model.max_model_len)
@@ -56,12 +59,15 @@ class Cluster:
         try:
             say("starting Ray" if ray_address is None else f"joining Ray at {ray_address}")
             self._started_ray = start_ray(ray_address)
-            config = _on(config, _device_of_cluster(config.parallel))
+            config = _on(config, _device_of_cluster(config.parallel, waits=ray_address is not None))
+            stage_layers(replace(opened, device=config.parallel.device), config.parallel.pp)
             host = "127.0.0.1" if ray_address is None else None
-            say(f"starting {config.parallel.tp} rank(s)")
-            self._place(config.parallel, host)
+            self._group = place(config.parallel, say)
+            say(f"starting {config.parallel.tp * config.parallel.pp} rank(s)")
+            hellos = self._start(config.parallel, host)
+            check_alike([hello.node for hello in hellos], [hello.versions for hello in hellos])
             say("loading weights")
-            self.reports = self._load(config)
+            self.reports = self._load(config, [hello.address for hello in hellos])
             blocks = min(report.config.total_blocks for report in self.reports)
             settled = replace(self.reports[0].config, total_blocks=blocks)
             nodes = tuple(f"rank {r.rank} on {r.node}, pid {r.pid}" for r in self.reports)
@@ -122,28 +128,33 @@ class Cluster:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _place(self, parallel: ParallelConfig, host: str | None) -> None:
-        """Actors in one placement group: tensor parallelism stays inside a node."""
-        tp, gpus = parallel.tp, 1 if parallel.device == "cuda" else 0
-        rank_bundle = BUNDLE | ({"GPU": 1} if gpus else {})
-        self._group = placement_group([rank_bundle] * tp + [BUNDLE], strategy="STRICT_PACK")
-        if not self._group.wait(PLACE_SECONDS):
-            raise NotEnough(f"Ray found no node for {tp} ranks in {PLACE_SECONDS:.0f} s: see `ray status`")
+    def _start(self, parallel: ParallelConfig, host: str | None) -> list[RankHello]:
+        """The actors, each in its place: a stage's ranks in one node, the engine beside the first stage's."""
+        gpus, ranks = 1 if parallel.device == "cuda" else 0, parallel.tp * parallel.pp
 
-        def at(bundle: int) -> PlacementGroupSchedulingStrategy:
-            return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        def at(stage: int) -> PlacementGroupSchedulingStrategy:
+            return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=stage)
 
         self._ranks = [
-            RankActor.options(scheduling_strategy=at(rank), num_gpus=gpus).remote(
-                rank, host, self._token, parallel.threads, tp
+            RankActor.options(scheduling_strategy=at(rank // parallel.tp), num_gpus=gpus).remote(
+                rank, host, self._token
             )
-            for rank in range(tp)
+            for rank in range(ranks)
         ]
-        self._engine = EngineActor.options(scheduling_strategy=at(tp)).remote(host, self._token, tp)
-        self._address = ray.get(self._engine.address.remote())
+        self._engine = EngineActor.options(scheduling_strategy=at(0)).remote(host, self._token, ranks)
+        try:
+            *hellos, self._address = ray.get(
+                [*(rank.hello.remote() for rank in self._ranks), self._engine.address.remote()],
+                timeout=START_SECONDS,
+            )
+        except ray.exceptions.GetTimeoutError:
+            raise Unavailable(
+                f"not all of {ranks} ranks and the engine started within {START_SECONDS:.0f} s: "
+                "see `ray status` for nodes that have left, and start again"
+            ) from None
+        return hellos
 
-    def _load(self, config: ServeConfig) -> list[RankReport]:
-        addresses = ray.get([rank.address.remote() for rank in self._ranks])
+    def _load(self, config: ServeConfig, addresses: list) -> list[RankReport]:
         loads = [
             rank.load.remote(config.model, config.engine, config.parallel, addresses) for rank in self._ranks
         ]
@@ -184,15 +195,14 @@ def _on(config: ServeConfig, device: str) -> ServeConfig:
     return replace(config, parallel=replace(config.parallel, device=device))
 
 
-def _device_of_cluster(parallel: ParallelConfig) -> str:
-    """Where the ranks compute, by what Ray has. Raises NotEnough where GPUs are asked for and missing."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if parallel.device == "cuda" and gpus < parallel.tp:
-        raise NotEnough(
-            f"{parallel.tp} ranks on GPUs need {parallel.tp}, and Ray has {gpus}: see `ray status`"
-        )
+def _device_of_cluster(parallel: ParallelConfig, *, waits: bool) -> str:
+    """Where the ranks compute, by what Ray has. Raises NotEnough where GPUs are asked for and missing, unless
+    more may come (`waits`)."""
+    gpus, ranks = int(ray.cluster_resources().get("GPU", 0)), parallel.tp * parallel.pp
+    if parallel.device == "cuda" and gpus < ranks and not waits:
+        raise NotEnough(f"{ranks} ranks on GPUs need {ranks}, and Ray has {gpus}: see `ray status`")
     if parallel.device == "auto":
-        return "cuda" if gpus >= parallel.tp else "cpu"
+        return "cuda" if gpus >= ranks else "cpu"
     return parallel.device
 
 

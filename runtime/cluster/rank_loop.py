@@ -7,7 +7,7 @@ import queue
 import threading
 
 from runtime.errors import TramontaneError
-from runtime.model.runners import StepRunner
+from runtime.model.runners import StepRunner, answers
 from runtime.types import StepPlan
 from runtime.wire.connection import Connection
 from runtime.wire.messages import Hello, WireError
@@ -15,9 +15,11 @@ from runtime.wire.messages import Hello, WireError
 BEAT_SECONDS = 1.0
 
 
-def run_rank(runner: StepRunner, host: str, port: int, token: str) -> str:
-    """A rank's life: join the engine, execute plans until it hangs up. Returns why it ended."""
-    connection = Connection.connect(host, port, Hello("rank", token, runner.comm.rank))
+def run_rank(runner: StepRunner, rank: int, host: str, port: int, token: str) -> str:
+    """A rank's life: join the engine, execute plans until it hangs up. Returns why it ended. `rank` counts
+    over all stages."""
+    connection = Connection.connect(host, port, Hello("rank", token, rank))
+    replies = answers(runner)
     ended = threading.Event()
 
     def beat() -> None:
@@ -45,7 +47,7 @@ def run_rank(runner: StepRunner, host: str, port: int, token: str) -> str:
             except Exception as error:  # a defect in a step ends the group, never silently
                 connection.send("failed", _told(error))
                 raise
-            if runner.comm.rank == 0:
+            if replies:
                 connection.send("result", result)
     finally:
         ended.set()

@@ -1,7 +1,7 @@
 """The engine's end of the step channel: plans out, results back, over one TCP connection a rank.
 
 Ranks send a heartbeat every second whatever they compute. A rank that is silent for ten, or hangs up, ends
-the group: a tensor-parallel step cannot go on without it.
+the group: a step cannot go on without any of its ranks, whatever their stage.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ JOIN_SECONDS = 120.0
 class TcpRanks:
     """The engine's end: the `Ranks` of a loop whose ranks are other processes."""
 
-    def __init__(self, tp: int):
-        self._tp = tp
+    def __init__(self, ranks: int):
+        self._ranks = ranks
         self._connections: dict[int, Connection] = {}
         self._changed = threading.Condition()
         self._closing = False
@@ -38,8 +38,8 @@ class TcpRanks:
     def wait_joined(self) -> None:
         """Wait until all ranks are there. Raises Unavailable."""
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self._connections) == self._tp, JOIN_SECONDS):
-                raise Unavailable(f"{len(self._connections)} of {self._tp} ranks joined the step channel")
+            if not self._changed.wait_for(lambda: len(self._connections) == self._ranks, JOIN_SECONDS):
+                raise Unavailable(f"{len(self._connections)} of {self._ranks} ranks joined the step channel")
 
     def start(self, on_result: Callable[[StepResult], None], on_lost: Callable[[str], None]) -> None:
         self._on_lost = on_lost

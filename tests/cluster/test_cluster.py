@@ -40,14 +40,14 @@ REQUESTS = requests(384, CONTEXT, longest=20)
 
 
 @contextlib.contextmanager
-def cluster(path: Path, tp: int, *, max_model_len: int | None = None, **settings) -> Iterator:
+def cluster(path: Path, tp: int, *, pp: int = 1, max_model_len: int | None = None, **settings) -> Iterator:
     from runtime.cluster.launch import Cluster
 
     made = Cluster(
         ServeConfig(
             ModelConfig(str(path), max_model_len=max_model_len),
             EngineConfig(**settings),
-            ParallelConfig(tp=tp, threads=1),
+            ParallelConfig(tp=tp, pp=pp, threads=1),
         )
     )
     try:
@@ -91,12 +91,12 @@ def plain(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp", [1, 2, 3])
-def test_replies_are_those_of_one_plain_process(local_ray, path, plain, tp):
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (2, 2)])
+def test_replies_are_those_of_one_plain_process(local_ray, path, plain, tp, pp):
     """Alone and in company, cold and warm, cut and whole: ranks on Ray change no bit."""
-    with cluster(path, tp, block_size=16, max_chunk=50, max_num_seqs=40) as made:
-        assert made.info.tp == len(made.reports) == tp
-        assert len(set(made.rank_pids)) == tp and os.getpid() not in made.rank_pids
+    with cluster(path, tp, pp=pp, block_size=16, max_chunk=50, max_num_seqs=40) as made:
+        assert (made.info.tp, made.info.pp, len(made.reports)) == (tp, pp, tp * pp)
+        assert len(set(made.rank_pids)) == tp * pp and os.getpid() not in made.rank_pids
 
         async def body(channel):
             together = await ask_all(channel, [*REQUESTS, *others(384, CONTEXT, 16)])
