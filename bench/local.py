@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
@@ -38,11 +38,8 @@ class Trace:
 def local_engine(
     path: str, *, context: int, positions: int, threads: int | None = None, **settings: Any
 ) -> Iterator[LocalEngine]:
-    """An engine with KV for `positions` positions and `settings` of EngineConfig.
-
-    A setting of 0 that EngineConfig does not know is off anyway."""
-    known = {f.name for f in fields(EngineConfig)}
-    config = EngineConfig(**{name: value for name, value in settings.items() if value or name in known})
+    """An engine with KV for `positions` positions and `settings` of EngineConfig."""
+    config = EngineConfig(**settings)
     engine = LocalEngine(
         ModelConfig(path, max_model_len=context),
         replace(config, total_blocks=-(-positions // config.block_size)),

@@ -1,0 +1,217 @@
+"""What guessing tokens ahead gains: the engine with speculation against itself without.
+
+    python bench/speculation.py MODEL.gguf > speculation.json     SmolLM2-135M-Instruct: two minutes a round
+    python bench/speculation.py MODEL.gguf --quick                seconds: shows that it works, no figures
+
+Two engines of one chat model stand side by side in this process and take turns, reply by reply, in an order
+that changes from round to round. Replies must be the same, tokens and logprobs, bit for bit; the first round
+compares logprobs and is not timed. One stream: tokens a second after the first token. Many streams: all their
+tokens over the time until the last has ended, the prompts mixed. A gain is the median over rounds of on / off
+in the same round. "Copied" are the tokens of a reply that stand in runs of eight that the prompt has too.
+JSON on standard output, a table on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.local import Trace, ask, local_engine
+from bench.prompts import COPY_HEAVY, OTHERS
+from bench.report import about, show
+from runtime.commands.engines import open_front
+from runtime.config import EngineConfig, ModelConfig
+from runtime.local import LocalEngine
+from runtime.tokenizer.chat import render_chat
+from runtime.types import Request, SamplingParams
+
+TEMPERATURES = (0.0, 0.7)
+RUN = 8  # tokens that must agree to count as copied
+
+
+@dataclass(slots=True)
+class Case:
+    """Requests that are sent at once, and what came of them: rates in tokens a second, an entry a round."""
+
+    name: str
+    requests: list[Request]
+    on: list[float] = field(default_factory=list)
+    off: list[float] = field(default_factory=list)
+    reply_tokens: int = 0
+    copied: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def report(self) -> dict:
+        gains = sorted(a / b for a, b in zip(self.on, self.off, strict=True))
+        return {
+            "on_tokens_per_s": round(statistics.median(self.on), 2),
+            "off_tokens_per_s": round(statistics.median(self.off), 2),
+            "gain": round(statistics.median(gains), 3),
+            "gain_range": [round(gains[0], 3), round(gains[-1], 3)],
+            "reply_tokens": self.reply_tokens,
+            "copied_tokens": self.copied,
+            "drafted_tokens": self.drafted,
+            "accepted_tokens": self.accepted,
+        }
+
+
+def encode(path: str, prompts: dict[str, str]) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
+    """Prompt tokens by name, as a chat where the model has a template, and the tokens that end a reply."""
+    front = open_front(ModelConfig(path), chat=True)
+    try:
+        tokens = {}
+        for name, text in prompts.items():
+            if front.template is None:
+                tokens[name] = tuple(front.tokenizer.encode(text))
+            else:
+                messages = [{"role": "user", "content": text}]
+                tokens[name] = tuple(render_chat(front.tokenizer, front.template, messages))
+    finally:
+        if front.template is not None:
+            front.template.close()
+    return tokens, tuple(front.tokenizer.eos_ids)
+
+
+def cases(
+    prompts: dict[str, tuple[int, ...]], stop: tuple[int, ...], streams: int, max_tokens: int
+) -> Iterator[Case]:
+    """Each prompt alone, greedy and sampled; then `streams` at once, of all prompts by turns, with seeds."""
+
+    def request(name: str, number: int, temperature: float) -> Request:
+        params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=number)
+        return Request(f"{name} {number}", prompts[name], params, stop)
+
+    copies, others = ([name for name in prompts if (name in COPY_HEAVY) == copy] for copy in (True, False))
+    for name, temperature in itertools.product(prompts, TEMPERATURES):
+        yield Case(f"{name}, {_how(temperature)}", [request(name, 3, temperature)])
+    for kind, names in (("copies", copies), ("others", others)):
+        for temperature in TEMPERATURES:
+            turns = itertools.islice(itertools.cycle(names), streams)
+            requests = [request(name, number, temperature) for number, name in enumerate(turns)]
+            yield Case(f"{streams} streams, {kind}, {_how(temperature)}", requests)
+
+
+def play(case: Case, on: LocalEngine, off: LocalEngine, number: int) -> None:
+    """One round of a case; number 0 compares logprobs and is not timed. Raises SystemExit where the replies
+    are not the same."""
+    requests = case.requests
+    if number == 0:
+        requests = [replace(r, params=replace(r.params, logprobs=1)) for r in requests]
+    order = (on, off) if number % 2 else (off, on)
+    traces = {id(engine): ask(engine, requests) for engine in order}
+    with_, without = traces[id(on)], traces[id(off)]
+    for mine, plain in zip(with_, without, strict=True):
+        if [_bits(t) for t in mine.tokens] != [_bits(t) for t in plain.tokens]:
+            raise SystemExit(f"{case.name}: speculation changed the reply to {mine.finished.request_id}")
+    if number:
+        case.on.append(_rate(with_))
+        case.off.append(_rate(without))
+        return
+    ended = [trace.finished for trace in with_]
+    case.reply_tokens = sum(len(trace.tokens) for trace in with_)
+    case.copied = sum(copied(r.prompt, t.ids) for r, t in zip(requests, with_, strict=True))
+    case.drafted = sum(end.drafted_tokens for end in ended)
+    case.accepted = sum(end.accepted_tokens for end in ended)
+
+
+def copied(prompt: Sequence[int], reply: Sequence[int]) -> int:
+    """Tokens of the reply that stand in a run of RUN tokens that the prompt has too."""
+    runs = {tuple(prompt[at : at + RUN]) for at in range(len(prompt) - RUN + 1)}
+    found: set[int] = set()
+    for at in range(len(reply) - RUN + 1):
+        if tuple(reply[at : at + RUN]) in runs:
+            found.update(range(at, at + RUN))
+    return len(found)
+
+
+def _bits(output) -> tuple:
+    return output.index, output.token, output.logprob, output.top
+
+
+def _rate(traces: Sequence[Trace]) -> float:
+    if len(traces) == 1:
+        (trace,) = traces
+        return (len(trace.arrivals) - 1) / max(trace.arrivals[-1] - trace.arrivals[0], 1e-9)
+    tokens = sum(len(trace.arrivals) for trace in traces)
+    return tokens / (max(t.arrivals[-1] for t in traces) - min(t.asked for t in traces))
+
+
+def _how(temperature: float) -> str:
+    return f"temperature {temperature}" if temperature else "greedy"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a chat model: a GGUF file or a folder")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=320)
+    parser.add_argument("--draft-tokens", type=int, default=EngineConfig().draft_tokens)
+    parser.add_argument("--threads", type=int, help="of a rank; all cores without")
+    parser.add_argument("--only", help="prompts whose name holds this")
+    parser.add_argument("--quick", action="store_true", help="short replies, one round, two prompts")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.streams, args.max_tokens = 1, 2, 12
+    texts = {n: text for n, text in (COPY_HEAVY | OTHERS).items() if not args.only or args.only in n}
+    if args.quick:
+        texts = {name: texts[name] for name in ("list, repeated", "story")}
+    prompts, stop = encode(args.model, texts)
+    longest = max(map(len, prompts.values())) + args.max_tokens
+    played = list(cases(prompts, stop, args.streams, args.max_tokens))
+    with ExitStack() as stack:
+        on, off = (
+            stack.enter_context(
+                local_engine(
+                    args.model,
+                    context=longest,
+                    positions=(args.streams + 1) * (longest + 128),
+                    threads=args.threads,
+                    prefix_cache=False,
+                    draft_tokens=count,
+                )
+            )
+            for count in (args.draft_tokens, 0)
+        )
+        for number in range(args.rounds + 1):
+            for case in played:
+                if case.requests:
+                    play(case, on, off, number)
+            print(f"round {number} of {args.rounds}", file=sys.stderr)
+        numerics = on.client._info.numerics
+    played = [case for case in played if case.requests]
+    found = {case.name: case.report() for case in played}
+    result = about() | {
+        "model": Path(args.model).name,
+        "numerics": numerics,
+        "draft_tokens": args.draft_tokens,
+        "max_tokens": args.max_tokens,
+        "replies_equal": True,
+        "cases": found,
+        "rounds": {case.name: {"on": case.on, "off": case.off} for case in played},
+    }
+    rows = [
+        [
+            name,
+            f"{of['off_tokens_per_s']:.1f}",
+            f"{of['on_tokens_per_s']:.1f}",
+            f"{of['gain']:.2f}x ({of['gain_range'][0]:.2f} to {of['gain_range'][1]:.2f})",
+            f"{of['accepted_tokens']} of {of['drafted_tokens']}",
+            f"{of['copied_tokens']} of {of['reply_tokens']}",
+        ]
+        for name, of in found.items()
+    ]
+    show(result, ["", "off, tok/s", "on, tok/s", "gain", "guesses right", "copied"], rows)
+
+
+if __name__ == "__main__":
+    main()
