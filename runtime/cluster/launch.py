@@ -39,8 +39,10 @@ class Cluster:
         *,
         ray_address: str | None = None,
         progress: Callable[[str], None] | None = None,
+        leaves_ray: bool = False,
     ):
-        """Raises TramontaneError, and leaves nothing behind, if the model cannot be brought up."""
+        """Raises TramontaneError, and leaves nothing behind, if the model cannot be brought up; with
+        `leaves_ray` nothing but Ray itself, which others of this process use too."""
         say = progress or (lambda text: None)
         if ray_address is None:
             config = _on(config, resolve_device(config.parallel.device))
@@ -58,7 +60,7 @@ class Cluster:
         self._token = secrets.token_hex(32)
         try:
             say("starting Ray" if ray_address is None else f"joining Ray at {ray_address}")
-            self._started_ray = start_ray(ray_address)
+            self._started_ray = start_ray(ray_address) and not leaves_ray
             config = _on(config, _device_of_cluster(config.parallel, waits=ray_address is not None))
             stage_layers(replace(opened, device=config.parallel.device), config.parallel.pp)
             host = "127.0.0.1" if ray_address is None else None
@@ -105,7 +107,7 @@ class Cluster:
         return [report.pid for report in self.reports]
 
     def close(self) -> None:
-        """Stop the actors, and Ray if it was started here."""
+        """Stop the actors, and Ray if it was started here for them alone."""
         if ray.is_initialized():
             if self._engine is not None:
                 with contextlib.suppress(ray.exceptions.RayError):  # gone already is what was wanted

@@ -41,13 +41,13 @@ def start_ray(address: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def shared_ray(address: str | None) -> Iterator[None]:
-    """Ray for Clusters that come and go while it lives. Raises Unavailable."""
-    started = start_ray(address)
+def lasting_ray() -> Iterator[None]:
+    """For Clusters that come and go, and leave Ray to others: what one of them has started ends with this."""
+    before = ray.is_initialized()
     try:
         yield
     finally:
-        if started:
+        if not before and ray.is_initialized():
             ray.shutdown()
 
 
