@@ -36,6 +36,7 @@ from runtime.commands.options import (
     Quantize,
     RayAddress,
     Repetition,
+    Replicas,
     Seed,
     Stop,
     Target,
@@ -130,6 +131,10 @@ def serve(
     model: Model,
     *,
     tp: Tp = 1,
+    replicas: Replicas = 1,
+    rebuilds: Annotated[
+        int, typer.Option(help="Times in a row that a lost replica is built again; 0 is never.")
+    ] = 3,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 50051,
     metrics_port: Annotated[
@@ -153,7 +158,8 @@ def serve(
 ) -> None:
     """Serve a model through gRPC until Ctrl-C or SIGTERM.
 
-    Prints one line with the address once the model has answered its first token.
+    Prints one line with the address once the model has answered its first token. When ranks are lost, replies
+    go on at another replica, or wait for theirs to be built again.
     """
     from runtime.commands.serve import serve
 
@@ -167,12 +173,12 @@ def serve(
             template=chat_template,
         ),
         EngineConfig(max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens),
-        ParallelConfig(tp=tp, device=device, kv_memory=kv_memory),
+        ParallelConfig(tp=tp, device=device, kv_memory=kv_memory, replicas=replicas),
         host=host,
         port=port,
         metrics_port=metrics_port,
     )
-    serve(config, local=local, ray_address=ray_address, as_json=json)
+    serve(config, local=local, ray_address=ray_address, rebuilds=rebuilds, as_json=json)
 
 
 @command

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from runtime.commands.output import loading, working
+from runtime.commands.supervisor import Built, Say, Supervised
 from runtime.config import ModelConfig, ServeConfig
-from runtime.errors import InvalidArgument
+from runtime.errors import InvalidArgument, Unavailable
 from runtime.model.header import OpenModel, open_model
 from runtime.model.units import rank_units
 from runtime.server.engine_client import EngineClient
 from runtime.server.pipeline import Pipeline
 from runtime.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
-from runtime.types import EngineInfo
+from runtime.types import EngineInfo, Finished, FinishReason, Request, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ def open_front(model: ModelConfig, *, chat: bool) -> Front:
 def preview(front: Front, config: ServeConfig) -> EngineInfo:
     """Refuse what can be refused before weights are read; what the engine will be like, as far as known."""
     rank_units(len(front.opened.units), config.parallel.tp)
+    if config.parallel.replicas < 1:
+        raise InvalidArgument("replicas", f"must be at least 1, not {config.parallel.replicas}")
     context = front.opened.spec.context_length
     wanted = config.model.max_model_len
     if wanted is not None and not 1 <= wanted <= context:
@@ -84,26 +89,77 @@ def preview(front: Front, config: ServeConfig) -> EngineInfo:
 
 
 @contextmanager
-def start_engine(config: ServeConfig, *, local: bool, ray_address: str | None = None) -> Iterator[Engine]:
-    """An engine with its weights loaded, in this process or on Ray. Raises TramontaneError."""
-    if local:
-        with working("importing torch"):
-            from runtime.local import LocalEngine
-        with loading("loading weights") as progress:
-            engine = LocalEngine(config.model, config.engine, config.parallel, progress=progress)
-        try:
-            yield _Local(engine)
-        finally:
-            engine.close()
-    else:
-        with working("importing Ray") as say:
-            from runtime.cluster.launch import Cluster
+def start_engine(
+    config: ServeConfig, *, local: bool, ray_address: str | None = None, rebuilds: int = 0
+) -> Iterator[Engine]:
+    """An engine with its weights loaded, in this process or on Ray: all replicas of it behind one client.
+    One that is lost is built again, at most `rebuilds` times in a row. Raises TramontaneError."""
+    replicas = config.parallel.replicas
 
-            cluster = Cluster(config, ray_address=ray_address, progress=say)
-        try:
-            yield _Remote(cluster)
-        finally:
-            cluster.close()
+    def make(build: Callable[[Say], Built], say: Say) -> Built:
+        if replicas == 1 and not rebuilds:
+            return build(say)
+        return Supervised(build, replicas, rebuilds=rebuilds, say=say)
+
+    with ExitStack() as stack:
+        if local:
+            with working("importing torch"):
+                import runtime.local  # noqa: F401
+            config = _divided(config, 1)
+            with loading("loading weights") as bar:
+                engine = make(partial(_build_local, config, bar), lambda text: None)
+        else:
+            with working("importing Ray") as say:
+                from runtime.cluster import session
+
+                stack.enter_context(session.lasting_ray())
+                if ray_address is not None:
+                    say(f"joining Ray at {ray_address}")
+                    session.start_ray(ray_address)
+                config = _divided(config, 1 if ray_address is None else session.hosts())
+                engine = make(partial(_build_remote, config, ray_address), say)
+        stack.callback(engine.close)
+        yield engine
+
+
+def _divided(config: ServeConfig, hosts: int) -> ServeConfig:
+    """With the cores of a host divided among the replicas that it is likely to have, and their ranks."""
+    parallel = config.parallel
+    if parallel.replicas == 1 or parallel.threads is not None:
+        return config
+    ranks = parallel.tp * parallel.pp * parallel.replicas
+    threads = max(1, (os.cpu_count() or 1) * hosts // ranks)
+    return replace(config, parallel=replace(parallel, threads=threads))
+
+
+def _build_local(config: ServeConfig, bar: Callable[[int, int], None], say: Say) -> _Local:
+    from runtime.local import LocalEngine
+
+    def progress(done: int, total: int) -> None:
+        bar(done, total)
+        say("loading weights")
+
+    engine = LocalEngine(config.model, config.engine, config.parallel, progress=progress)
+    try:
+        asyncio.run(_prove(engine.client))
+        return _Local(engine)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _build_remote(config: ServeConfig, ray_address: str | None, say: Say) -> _Remote:
+    from runtime.cluster.launch import Cluster
+
+    return _Remote(Cluster(config, ray_address=ray_address, progress=say, leaves_ray=True))
+
+
+async def _prove(client: EngineClient) -> None:
+    """One token through scheduler, ranks and sampling. Raises Unavailable if it does not come out."""
+    request = Request("first-step", (0,), SamplingParams(max_tokens=1, temperature=0.0, seed=0))
+    async for output in client.generate(request):
+        if isinstance(output, Finished) and output.reason is not FinishReason.LENGTH:
+            raise Unavailable(f"the first forward step failed: {output.detail}")
 
 
 class _Local:
@@ -126,6 +182,9 @@ class _Local:
         self._engine.loop.on_lost = tell
         return await detail
 
+    def close(self) -> None:
+        self._engine.close()
+
 
 class _Remote:
     def __init__(self, cluster):
@@ -142,3 +201,6 @@ class _Remote:
 
     async def lost(self, client: EngineClient) -> str:
         return await client.wait_lost()
+
+    def close(self) -> None:
+        self._cluster.close()

@@ -21,6 +21,9 @@ ModelA = Annotated[str, typer.Argument(metavar="A", show_default=False, help=_SO
 ModelB = Annotated[str, typer.Argument(metavar="B", show_default=False, help="Another, as A.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 Tp = Annotated[int, typer.Option(help="Ranks that share the model: from 1 to its units (see inspect).")]
+Replicas = Annotated[
+    int, typer.Option(help="Copies of the model, of so many ranks each, that share the work.")
+]
 Local = Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")]
 RayAddress = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Join this Ray cluster; without it, start a local one.")

@@ -39,6 +39,11 @@ def note(text: str) -> None:
         Console(stderr=True, highlight=False).print(text, style="dim", markup=False, soft_wrap=True)
 
 
+def log_line(text: str) -> None:
+    """What an operator must be able to read afterwards, watched or not."""
+    print(f"tramontane: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
 def watched() -> bool:
     """Whether someone sees progress bars."""
     return sys.stderr.isatty()
