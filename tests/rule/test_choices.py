@@ -44,6 +44,7 @@ def several(request: Request) -> Request:
         {"block_size": 16, "max_num_seqs": 40},
         {"tp": 2, "block_size": 8, "total_blocks": 36, "max_chunk": 13},
         {"tp": 3, "prefix_cache": False},
+        {"pp": 2, "block_size": 16, "max_num_seqs": 40},
     ],
     ids=str,
 )

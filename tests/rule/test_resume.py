@@ -36,6 +36,7 @@ def rest(reply: Reply, known: int) -> Reply:
     [
         {"block_size": 16, "max_num_seqs": 24},
         {"tp": 3, "max_chunk": 7, "prefix_cache": False},
+        {"pp": 2, "block_size": 16, "max_num_seqs": 24},
         {"block_size": 8, "total_blocks": 20, "max_step_tokens": 40},
     ],
     ids=str,

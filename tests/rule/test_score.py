@@ -68,6 +68,7 @@ def test_scores_are_the_reply_s_logprobs(model, case):
         {"max_chunk": 1, "block_size": 16},
         {"tp": 2, "block_size": 8, "total_blocks": 36, "max_step_tokens": 50},
         {"tp": 3, "max_chunk": 13, "prefix_cache": False},
+        {"pp": 2, "tp": 2, "max_chunk": 13},
     ],
     ids=str,
 )

@@ -1,0 +1,42 @@
+"""Stages change no bit: cut anywhere, with ranks in each or not, whatever else goes on."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.rule.test_rule import CONTEXT, MODELS, UNITS, Case
+
+# Five layers, whose cuts among two to four stages are uneven; an embedding and a head of any weight beside.
+SHAPES = {
+    "fp32-u3": {**MODELS["fp32-u3"], "layers": 5},
+    "mixed-u8": {**MODELS["mixed-u8"], "layers": 5, "tied": True},
+    "window-u4": {**MODELS["window-u4"], "layers": 3, "vocab": 1500},
+}
+SETTINGS = {
+    "fp32-u3": [
+        {"pp": 2, "company": 6, "max_num_seqs": 24},
+        {"pp": 3, "tp": 2, "max_chunk": 13},
+        {"pp": 5, "in_turn": True},
+        {"pp": 4, "block_size": 8, "total_blocks": 36, "max_num_seqs": 24, "company": 8},
+    ],
+    "mixed-u8": [
+        {"pp": 2, "tp": 3, "company": 4, "block_size": 16, "total_blocks": 24, "max_chunk": 13},
+        {"pp": 3, "rounds": 2, "block_size": 16, "draft_tokens": 0},
+    ],
+    "window-u4": [{"pp": 2, "max_step_tokens": 13, "prefix_cache": False}, {"pp": 3, "microbatches": 5}],
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def case(request, tiny) -> Case:
+    shape = SHAPES[request.param]
+    made = Case(tiny(context=CONTEXT, **shape), shape.get("vocab", 384), CONTEXT, longest=20)
+    made.name, made.units = request.param, UNITS[request.param]
+    return made
+
+
+def test_the_replies_are_those_of_one_rank(case):
+    """Greedy and seeded, penalties, filters, logprobs; prompts in chunks, preempted, cached, alone."""
+    for setting in SETTINGS[case.name]:
+        loads = case.compare(**setting)
+        assert bool(loads[0].preemptions) == ("total_blocks" in setting)
