@@ -10,17 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from kernels.attention import (
-    AttentionCall,
-    block_run,
-    chunk_calls,
-    decode_call,
-    padded_blocks,
-    tile_sizes,
-)
+from runtime.model.batch import BatchMaker, Run
 from runtime.model.communicator import Communicator
 from runtime.model.forward import Batch, Forward
 from runtime.model.shard import Shard
@@ -64,9 +56,7 @@ class Runner:
         self.forward = Forward(shard, cache, comm, max_positions)
         self.comm = comm
         self.block_size = block_size
-        self._group = spec.heads // spec.kv_heads
-        self._window = spec.sliding_window
-        self._tiles = tile_sizes(self._group, spec.head_dim, shard.dtype)
+        self._batches = BatchMaker(spec, shard.dtype, block_size, total_blocks)
         self._sequences: dict[int, _Sequence] = {}
         self.watch: Watch | None = None
 
@@ -158,76 +148,16 @@ class Runner:
             first += chunk.length
         return tuple(found) if self.comm.rank == 0 else ()
 
-    def _batch(self, chunks: tuple[Chunk, ...]) -> Batch:
-        """Flatten a plan's chunks to rows, single tokens first into shared attention calls. The rows whose
-        logits are wanted are those of samples, then those that are scored."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        blocks: list[int] = []
-        sampled: list[int] = []
-        scored: list[int] = []
-        calls: list[AttentionCall] = []
-        lone: list[tuple[int, int, list[int]]] = []  # (row, position, block table)
-        spec = {
-            "block_size": self.block_size,
-            "window": self._window,
-            "dtype": self.forward.shard.dtype,
-        }
+    def _batch(self, chunks: Sequence[Chunk]) -> Batch:
+        """A plan's chunks as rows, guesses after what is known. The rows whose logits are wanted are those of
+        samples, then those that are scored."""
+        runs = []
         for chunk in chunks:
             sequence = self._sequences[chunk.slot]
-            first, known = len(tokens), chunk.start + chunk.length
-            tokens += sequence.tokens[chunk.start : known]
-            if len(tokens) - first != chunk.length:
-                raise ValueError(f"slot {chunk.slot}: tokens up to {known} are not known to this rank")
-            tokens += chunk.drafts
-            stop = known + len(chunk.drafts)
-            positions += range(chunk.start, stop)
-            blocks += [sequence.blocks[p // self.block_size] for p in range(chunk.start, stop)]
-            if chunk.samples:
-                sampled += range(first + chunk.length - 1, len(tokens))
-            if chunk.scores:
-                scored += range(first, len(tokens))
-            rows = stop - chunk.start
-            if rows == 1:
-                lone.append((first, chunk.start, sequence.blocks))
-            else:
-                table = torch.tensor(sequence.blocks[: -(-stop // self.block_size)])
-                calls += chunk_calls(
-                    first, chunk.start, rows, table, group=self._group, tile=self._tiles.run, **spec
-                )
-        calls += self._decode_calls(lone, len(tokens), spec)
-        at = torch.tensor(positions)
-        cache_rows = torch.tensor(blocks) * self.block_size + at % self.block_size
-        wanted = torch.tensor(sampled + scored, dtype=torch.int64)
-        return Batch(torch.tensor(tokens), at, cache_rows, calls, wanted)
-
-    def _decode_calls(
-        self, lone: list[tuple[int, int, list[int]]], all_rows: int, spec: dict
-    ) -> list[AttentionCall]:
-        """Group single tokens of similar KV length, so that padding at most doubles the work."""
-        dtype = self.forward.shard.dtype
-        buckets: dict[int, list[tuple[int, int, list[int]]]] = {}
-        for entry in lone:
-            needed = padded_blocks(entry[1] + 1, self.block_size, dtype)
-            buckets.setdefault(needed.bit_length(), []).append(entry)
-        calls = []
-        for entries in buckets.values():
-            longest = max(entry[1] for entry in entries) + 1
-            count = padded_blocks(longest, self.block_size, dtype)
-            rows = None if len(entries) == all_rows else [entry[0] for entry in entries]
-            at = torch.tensor([entry[1] for entry in entries])
-            blocks = self._one_run(entries, count) if len(entries) == 1 else None
-            if blocks is None:
-                table = np.zeros((len(entries), count), np.int64)
-                for i, (_, position, owned) in enumerate(entries):
-                    used = position // self.block_size + 1
-                    table[i, :used] = owned[:used]
-                blocks = torch.from_numpy(table)
-            calls.append(decode_call(rows, at, blocks, tile=self._tiles.single, **spec))
-        return calls
-
-    def _one_run(self, entries: list[tuple[int, int, list[int]]], count: int) -> slice | None:
-        """The neighbouring blocks of a lone sequence, if it has such: they are read in place."""
-        _, position, owned = entries[0]
-        run = block_run(owned[: position // self.block_size + 1], count)
-        return run if run is not None and run.stop <= self.forward.cache.shape[1] else None
+            known = sequence.tokens[chunk.start : chunk.start + chunk.length]
+            if len(known) != chunk.length:
+                stop = chunk.start + chunk.length
+                raise ValueError(f"slot {chunk.slot}: tokens up to {stop} are not known to this rank")
+            samples = 1 + len(chunk.drafts) if chunk.samples else 0
+            runs.append(Run([*known, *chunk.drafts], chunk.start, sequence.blocks, samples, chunk.scores))
+        return self._batches.make(runs)

@@ -1,0 +1,115 @@
+"""Flattens runs of tokens of several sequences to the rows of one forward pass.
+
+Single tokens share attention calls, grouped by the length of their KV; longer runs have calls of their own.
+Knows block tables and positions; nothing of plans, sampling or what the tokens are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels.attention import (
+    AttentionCall,
+    block_run,
+    chunk_calls,
+    decode_call,
+    padded_blocks,
+    tile_sizes,
+)
+from runtime.model.forward import Batch
+from runtime.model.spec import ModelSpec
+
+_Lone = tuple[int, int, list[int]]  # row, position, block table
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens of a sequence at positions start .. start + len(tokens) - 1."""
+
+    tokens: list[int]
+    start: int
+    blocks: list[int]  # the sequence's block table, as far as the run at least
+    samples: int  # of how many of the last rows the logits are wanted
+    scores: bool = False  # of all rows, after those of samples
+
+
+class BatchMaker:
+    """Makes batches for a model's KV cache of `cache_blocks` blocks of `block_size` positions."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, block_size: int, cache_blocks: int):
+        self._block_size = block_size
+        self._cache_blocks = cache_blocks
+        self._dtype = dtype
+        self._group = spec.heads // spec.kv_heads
+        self._tiles = tile_sizes(self._group, spec.head_dim, dtype)
+        self._shape = {"block_size": block_size, "window": spec.sliding_window, "dtype": dtype}
+
+    def make(self, runs: Sequence[Run]) -> Batch:
+        """Rows in the order of `runs`; wanted are the rows of samples in that order, then the scored ones."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        blocks: list[int] = []
+        sampled: list[int] = []
+        scored: list[int] = []
+        calls: list[AttentionCall] = []
+        lone: list[_Lone] = []
+        size = self._block_size
+        for run in runs:
+            first, stop = len(tokens), run.start + len(run.tokens)
+            tokens += run.tokens
+            positions += range(run.start, stop)
+            blocks += [run.blocks[p // size] for p in range(run.start, stop)]
+            sampled += range(len(tokens) - run.samples, len(tokens))
+            if run.scores:
+                scored += range(first, len(tokens))
+            if len(run.tokens) == 1:
+                lone.append((first, run.start, run.blocks))
+            else:
+                table = torch.tensor(run.blocks[: -(-stop // size)])
+                calls += chunk_calls(
+                    first,
+                    run.start,
+                    len(run.tokens),
+                    table,
+                    group=self._group,
+                    tile=self._tiles.run,
+                    **self._shape,
+                )
+        calls += self._decode_calls(lone, len(tokens))
+        at = torch.tensor(positions)
+        cache_rows = torch.tensor(blocks) * size + at % size
+        wanted = torch.tensor(sampled + scored, dtype=torch.int64)
+        return Batch(torch.tensor(tokens), at, cache_rows, calls, wanted)
+
+    def _decode_calls(self, lone: list[_Lone], all_rows: int) -> list[AttentionCall]:
+        """Group single tokens of similar KV length, so that padding at most doubles the work."""
+        size = self._block_size
+        buckets: dict[int, list[_Lone]] = {}
+        for entry in lone:
+            needed = padded_blocks(entry[1] + 1, size, self._dtype)
+            buckets.setdefault(needed.bit_length(), []).append(entry)
+        calls = []
+        for entries in buckets.values():
+            longest = max(entry[1] for entry in entries) + 1
+            count = padded_blocks(longest, size, self._dtype)
+            rows = None if len(entries) == all_rows else [entry[0] for entry in entries]
+            at = torch.tensor([entry[1] for entry in entries])
+            blocks = self._one_run(entries, count) if len(entries) == 1 else None
+            if blocks is None:
+                table = np.zeros((len(entries), count), np.int64)
+                for i, (_, position, owned) in enumerate(entries):
+                    used = position // size + 1
+                    table[i, :used] = owned[:used]
+                blocks = torch.from_numpy(table)
+            calls.append(decode_call(rows, at, blocks, tile=self._tiles.single, **self._shape))
+        return calls
+
+    def _one_run(self, entries: list[_Lone], count: int) -> slice | None:
+        """The neighbouring blocks of a lone sequence, if it has such: they are read in place."""
+        _, position, owned = entries[0]
+        run = block_run(owned[: position // self._block_size + 1], count)
+        return run if run is not None and run.stop <= self._cache_blocks else None
