@@ -27,6 +27,7 @@ from runtime.model.units import rank_units
 from runtime.types import EngineInfo, Finished, FinishReason, Request, SamplingParams
 from runtime.wire.gateway_channel import EngineChannel
 
+MOST_SAID = 200  # characters of an error of Ray's
 START_SECONDS = 120.0  # for an actor's process to start and import what it needs
 
 
@@ -86,7 +87,8 @@ class Cluster:
                 raise cause from None
             if isinstance(error, ray.exceptions.RayError):
                 raise Unavailable(
-                    f"a rank or the engine died: {str(error).strip().splitlines()[-1]}"
+                    f"a rank or the engine died, or its node left: {_short(error)}; "
+                    "`ray status` shows the nodes, then start again"
                 ) from error
             raise
 
@@ -191,6 +193,12 @@ class Cluster:
                     raise Unavailable(f"the first forward step failed: {output.detail}")
         finally:
             await channel.close()
+
+
+def _short(error: Exception) -> str:
+    """The last line of what Ray says, which can be long, cut to one that can be read."""
+    text = str(error).strip().splitlines()[-1]
+    return text if len(text) <= MOST_SAID else text[:MOST_SAID].rsplit(" ", 1)[0] + " ..."
 
 
 def _on(config: ServeConfig, device: str) -> ServeConfig:
