@@ -22,6 +22,7 @@ RENDERED = (
     "overlays/dev-cpu",
     "overlays/single-node-8gpu",
     "overlays/two-node",
+    "overlays/two-node-monitored",
     "rayjob",
     "lws",
 )

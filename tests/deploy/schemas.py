@@ -2,7 +2,7 @@
 
 Kubernetes' own kinds: the schemas inside kubernetes-validate. KubeRay's kinds: its CRDs, from the fixtures.
 LeaderWorkerSet: its few fields written out here after the API reference of LWS 0.9, its pods as Kubernetes'
-own. An API server would drop or refuse a field that it does not know; all of these refuse it. What a CRD says
+own. What watches: monitoring_schemas.py. An API server would drop or refuse a field that it does not know; all of these refuse it. What a CRD says
 in CEL (x-kubernetes-validations) is not evaluated.
 """
 
@@ -18,6 +18,7 @@ import jsonschema
 import yaml
 from referencing import Registry, Resource
 
+from tests.deploy import monitoring_schemas
 from tests.support import fixture_path
 
 VERSIONS = ("1.30", "1.37")  # the oldest with a preStop sleep by default, and the newest known here
@@ -43,6 +44,8 @@ def errors(document: dict, version: str = VERSIONS[-1]) -> list[str]:
         found = _crd(document["kind"]).iter_errors(document)
     elif document["kind"] == "LeaderWorkerSet":
         found = _leader_worker_set(document, version)
+    elif document["kind"] in monitoring_schemas.SPECS:
+        found = monitoring_schemas.iter_errors(document, _META)
     else:
         found = _core(document["apiVersion"], document["kind"], version).iter_errors(document)
     return [f"{'.'.join(map(str, error.absolute_path))}: {error.message[:200]}" for error in found]

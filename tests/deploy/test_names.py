@@ -97,7 +97,7 @@ def test_probes_ask_for_what_the_server_reports(folder):
     for pod in gateways:
         (container,) = pod.spec["containers"]
         ports = {entry["name"]: entry["containerPort"] for entry in container["ports"]}
-        assert ports == {"grpc": 50051}
+        assert ports == {"grpc": 50051, "metrics": 9464}
         assert container["readinessProbe"]["grpc"] == {"port": 50051, "service": lifecycle.SERVICE}
         assert container["startupProbe"]["grpc"] == {"port": 50051, "service": lifecycle.SERVICE}
         assert container["livenessProbe"]["grpc"] == {"port": 50051}
@@ -122,13 +122,12 @@ def source(module: str, file: str) -> str:
 
 
 READ_BY = {  # variable: where it is looked up
-    "RAY_TMPDIR": ("ray", "_common/utils.py"),
     "RAY_USAGE_STATS_ENABLED": ("ray", "_common/usage/usage_constants.py"),
     "RAY_JOB_STOP_WAIT_TIME_S": ("ray", "dashboard/modules/job/job_supervisor.py"),
     "HF_HUB_OFFLINE": ("huggingface_hub", "constants.py"),
     "HF_TOKEN": ("huggingface_hub", "utils/_auth.py"),
 }
-CONVENTIONS = {"HOME", "TMPDIR", "PYTHONPATH"}
+CONVENTIONS = {"HOME", "PYTHONPATH"}
 
 
 def test_variables_are_read_by_someone():
@@ -140,7 +139,7 @@ def test_variables_are_read_by_someone():
                 named |= {entry["name"] for entry in container.get("env", [])}
                 line = command_line(folder, container)
                 used = re.findall(r"\$\(?(\w+)\)?", " ".join(line))
-                assert set(used) <= {"MODEL", "TMPDIR"} and not any("$(" in word for word in line)
+                assert set(used) <= {"MODEL"} and not any("$(" in word for word in line)
     for name, (module, file) in READ_BY.items():
         assert name in named and name in source(module, file)
     assert str(cache_folder({"TRAMONTANE_CACHE": "/models"})) == "/models"
