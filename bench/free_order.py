@@ -22,9 +22,9 @@ import torch
 import kernels.activation
 import kernels.head
 import kernels.linear
+import runtime.model.batch
 import runtime.model.forward
 import runtime.model.packing
-import runtime.model.runner
 import runtime.model.units
 import runtime.sampling.sampler
 from bench import free_attention
@@ -93,16 +93,16 @@ def _attention() -> Sequence[Patch]:
 
 
 def _single_tokens() -> Sequence[Patch]:
-    runner = runtime.model.runner
+    batch = runtime.model.batch
     return (
         *_attention(),
-        (runner, "decode_call", free_attention.decode_call),
-        (runner, "padded_blocks", free_attention.blocks_of),
+        (batch, "decode_call", free_attention.decode_call),
+        (batch, "padded_blocks", free_attention.blocks_of),
     )
 
 
 def _runs() -> Sequence[Patch]:
-    return (*_attention(), (runtime.model.runner, "chunk_calls", free_attention.chunk_calls))
+    return (*_attention(), (runtime.model.batch, "chunk_calls", free_attention.chunk_calls))
 
 
 # ---- dense products: any number of rows, all of K ----------------------------------------------------

@@ -1,6 +1,6 @@
 """What the rule costs on a CPU: the engine as it is against itself without padding and ordering.
 
-    python bench/rule.py MODEL.gguf --rounds 7 > rule.json        SmolLM2-135M: about a minute a round
+    python bench/rule.py MODEL.gguf --rounds 7 > rule.json        SmolLM2-135M: a minute a round
     python bench/rule.py MODEL.gguf --quick                       seconds: shows that it works, no figures
 
 Engines of one model stand side by side in this process: the one as it is ("ruled"), one for each item of
@@ -39,7 +39,7 @@ BOUND = 1.0  # what one may differ by, natural log; the bf16 sums of another ord
 class Sizes:
     streams: int = 16
     context: int = 64
-    decode: int = 128
+    decode: int = 64
     prefill: int = 512
 
     @property
