@@ -1,7 +1,7 @@
 """Strict schemas of what the Prometheus operator and KEDA read, as far as the manifests use it.
 
-Written out after their API references (monitoring.coreos.com/v1, keda.sh/v1alpha1 and its prometheus trigger):
-a field that exists but is not used here is refused too. Not the CRDs themselves."""
+Written out after their API references (monitoring.coreos.com/v1, keda.sh/v1alpha1 with its prometheus
+trigger): a field that exists but is not used here is refused too. Not the CRDs themselves."""
 
 from __future__ import annotations
 

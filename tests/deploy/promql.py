@@ -1,4 +1,4 @@
-"""PromQL against the metrics that a server really has: names, kinds and labels, taken from what it writes out."""
+"""PromQL against the metrics that a server really has: names, kinds and labels, from what it writes out."""
 
 from __future__ import annotations
 
@@ -59,9 +59,8 @@ def mistakes(query: str) -> list[str]:
             given.update(matcher.name for matcher in node.matchers.matchers)
         elif isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
             given.update(node.modifier.labels)
-        elif isinstance(node, promql_parser.BinaryExpr) and node.modifier is not None:
-            if node.modifier.matching is not None:
-                given.update(node.modifier.matching.labels)
+        elif isinstance(node, promql_parser.BinaryExpr) and node.modifier and node.modifier.matching:
+            given.update(node.modifier.matching.labels)
 
     promql_parser.walk(tree, visit)
     labels = set(TARGET_LABELS)

@@ -2,8 +2,8 @@
 
 Kubernetes' own kinds: the schemas inside kubernetes-validate. KubeRay's kinds: its CRDs, from the fixtures.
 LeaderWorkerSet: its few fields written out here after the API reference of LWS 0.9, its pods as Kubernetes'
-own. What watches: monitoring_schemas.py. An API server would drop or refuse a field that it does not know; all of these refuse it. What a CRD says
-in CEL (x-kubernetes-validations) is not evaluated.
+own. What watches: monitoring_schemas.py. An API server would drop or refuse a field that it does not know;
+all of these refuse it. What a CRD says in CEL (x-kubernetes-validations) is not evaluated.
 """
 
 from __future__ import annotations
