@@ -32,6 +32,7 @@ from runtime.commands.options import (
     Model,
     ModelA,
     ModelB,
+    Pp,
     Presence,
     Quantize,
     RayAddress,
@@ -131,6 +132,7 @@ def serve(
     model: Model,
     *,
     tp: Tp = 1,
+    pp: Pp = 1,
     replicas: Replicas = 1,
     rebuilds: Annotated[
         int, typer.Option(help="Times in a row that a lost replica is built again; 0 is never.")
@@ -173,7 +175,7 @@ def serve(
             template=chat_template,
         ),
         EngineConfig(max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens),
-        ParallelConfig(tp=tp, device=device, kv_memory=kv_memory, replicas=replicas),
+        ParallelConfig(tp=tp, pp=pp, device=device, kv_memory=kv_memory, replicas=replicas),
         host=host,
         port=port,
         metrics_port=metrics_port,
@@ -202,6 +204,7 @@ def generate(
     ignore_eos: IgnoreEos = False,
     logprobs: Logprobs = None,
     tp: Tp = 1,
+    pp: Pp = 1,
     local: Local = False,
     ray_address: RayAddress = None,
     device: Device = "auto",
@@ -234,7 +237,7 @@ def generate(
             model, max_model_len=max_model_len, dtype=dtype, quantize=quantize, template=chat_template
         ),
         EngineConfig(max_num_seqs=1),
-        ParallelConfig(tp=tp, device=device, kv_memory=kv_memory),
+        ParallelConfig(tp=tp, pp=pp, device=device, kv_memory=kv_memory),
     )
     generate(config, Ask(prompt, chat, params), local=local, ray_address=ray_address, as_json=json)
 
@@ -289,6 +292,7 @@ def bench(
     max_tokens: Annotated[int, typer.Option(help="Length of each reply.")] = 128,
     repeat: Annotated[int, typer.Option(help="Times to measure; medians are shown.")] = 3,
     tp: Tp = 1,
+    pp: Pp = 1,
     local: Local = False,
     ray_address: RayAddress = None,
     kv_memory: KvMemory = None,
@@ -308,7 +312,7 @@ def bench(
     config = ServeConfig(
         named_model(model, dtype=dtype, quantize=quantize),
         EngineConfig(max_num_seqs=max(1, streams)),
-        ParallelConfig(tp=tp, kv_memory=kv_memory),
+        ParallelConfig(tp=tp, pp=pp, kv_memory=kv_memory),
     )
     bench_model(config, work, local=local, ray_address=ray_address, as_json=json)
 
@@ -344,6 +348,7 @@ def batch(
         int | None, typer.Option(help="For requests that name none. Default: what the context leaves.")
     ] = None,
     tp: Tp = 1,
+    pp: Pp = 1,
     local: Local = False,
     ray_address: RayAddress = None,
     device: Device = "auto",
@@ -378,7 +383,7 @@ def batch(
             template=chat_template,
         ),
         EngineConfig(max_num_seqs=max(1, concurrency), max_step_tokens=max_step_tokens),
-        ParallelConfig(tp=tp, device=device, kv_memory=kv_memory),
+        ParallelConfig(tp=tp, pp=pp, device=device, kv_memory=kv_memory),
     )
     batch_model(config, work, local=local, ray_address=ray_address, as_json=json)
 
@@ -401,6 +406,7 @@ def compare(
         Path | None, typer.Option(metavar="FILE.svg", help="Draw how KL is spread over tokens.")
     ] = None,
     tp: Tp = 1,
+    pp: Pp = 1,
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     kv_memory: KvMemory = None,
@@ -420,7 +426,7 @@ def compare(
     compare(
         named_model(model_a, quantize=quantize_a, **settings),
         named_model(model_b, quantize=quantize_b, **settings),
-        ParallelConfig(tp=tp, device=device, kv_memory=kv_memory),
+        ParallelConfig(tp=tp, pp=pp, device=device, kv_memory=kv_memory),
         Work(prompts, max_tokens, plot),
         as_json=json,
     )

@@ -16,6 +16,7 @@ from runtime.commands.supervisor import Built, Say, Supervised
 from runtime.config import ModelConfig, ServeConfig
 from runtime.errors import InvalidArgument, Unavailable
 from runtime.model.header import OpenModel, open_model
+from runtime.model.stages import stage_layers
 from runtime.model.units import rank_units
 from runtime.server.engine_client import EngineClient
 from runtime.server.pipeline import Pipeline
@@ -69,6 +70,7 @@ def open_front(model: ModelConfig, *, chat: bool) -> Front:
 def preview(front: Front, config: ServeConfig) -> EngineInfo:
     """Refuse what can be refused before weights are read; what the engine will be like, as far as known."""
     rank_units(len(front.opened.units), config.parallel.tp)
+    stage_layers(front.opened, config.parallel.pp)
     if config.parallel.replicas < 1:
         raise InvalidArgument("replicas", f"must be at least 1, not {config.parallel.replicas}")
     context = front.opened.spec.context_length
@@ -85,6 +87,7 @@ def preview(front: Front, config: ServeConfig) -> EngineInfo:
         block_size=config.engine.block_size,
         total_blocks=0,
         max_num_seqs=config.engine.max_num_seqs,
+        pp=config.parallel.pp,
     )
 
 

@@ -21,6 +21,10 @@ ModelA = Annotated[str, typer.Argument(metavar="A", show_default=False, help=_SO
 ModelB = Annotated[str, typer.Argument(metavar="B", show_default=False, help="Another, as A.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 Tp = Annotated[int, typer.Option(help="Ranks that share the model: from 1 to its units (see inspect).")]
+Pp = Annotated[
+    int,
+    typer.Option(help="Stages, runs of layers that follow each other, of --tp ranks each. On CPUs so far."),
+]
 Replicas = Annotated[
     int, typer.Option(help="Copies of the model, of so many ranks each, that share the work.")
 ]

@@ -92,6 +92,7 @@ def _announce(server: Server, info: EngineInfo, replicas: int, as_json: bool) ->
                 "model": info.model,
                 "numerics": info.numerics,
                 "tp": info.tp,
+                "pp": info.pp,
                 "replicas": replicas,
                 "units": info.units,
                 "context_length": info.context_length,
@@ -102,9 +103,10 @@ def _announce(server: Server, info: EngineInfo, replicas: int, as_json: bool) ->
             }
         )
     else:
+        stages = "" if info.pp == 1 else f"pp {info.pp}, "
         copies = "" if replicas == 1 else f"{replicas} replicas, "
         write_line(
             f"tramontane: serving {info.model} on {address} "
-            f"(tp {info.tp}, {copies}context {info.context_length}, numerics {info.numerics})"
+            f"(tp {info.tp}, {stages}{copies}context {info.context_length}, numerics {info.numerics})"
             + (f", metrics at {metrics}" if metrics else "")
         )
