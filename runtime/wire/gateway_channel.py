@@ -160,7 +160,10 @@ class EngineChannel:
         number = next(self._numbers)
         self._loads[number] = asyncio.get_running_loop().create_future()
         self._send("get_load", number)
-        return await self._loads[number]
+        try:
+            return await self._loads[number]
+        finally:  # whoever asked may have gone: the answer is nobody's then
+            self._loads.pop(number, None)
 
     async def wait_lost(self) -> str:
         """Returns, with one line saying why, when the engine or its ranks are gone."""
@@ -190,7 +193,8 @@ class EngineChannel:
                         inbox.put_nowait(refusal_error(body))
                 elif kind == "load" and isinstance(body, tuple):
                     number, load = body
-                    if answer := self._loads.pop(number, None):
+                    answer = self._loads.get(number)
+                    if answer is not None and not answer.done():
                         answer.set_result(load)
                 elif kind == "lost" and isinstance(body, str):
                     self._fail(body)

@@ -167,6 +167,20 @@ def test_info_and_load(served):
     run(served, body)
 
 
+def test_a_question_that_was_given_up_breaks_nothing(served):
+    """A client that cancels GetLoad, while the engine's answer is on its way."""
+
+    async def body(channel):
+        asked = [asyncio.create_task(channel.load()) for _ in range(5)]
+        await asyncio.sleep(0)
+        for each in asked:
+            each.cancel()
+        await asyncio.sleep(0.05)
+        assert (await asyncio.wait_for(channel.load(), 5)).total_blocks > 0
+
+    run(served, body)
+
+
 def test_the_first_token_comes_long_before_the_last(served):
     async def body(channel):
         arrived = []
