@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.cli.command import finish, refused, run, serving, spawn
-from tramontane import Client, FinishReason, Unavailable
+from tramontane import Client, FinishReason, Reply, Unavailable
 
 
 def test_the_ready_line_says_where_and_what(server):
@@ -130,28 +131,49 @@ def test_a_signal_lets_running_replies_finish(tiny, number):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_when_a_rank_dies_streams_end_unavailable_and_the_server_fails_with_one_line(tiny):
-    with serving(tiny, "--tp", "2") as (process, ready), Client(ready["address"]) as client:
-        pid = int(ready["ranks"][1].rpartition("pid ")[2])
-        failed: list[Exception] = []
+def test_replies_outlive_their_ranks_while_some_replica_can_be_had(tiny, tmp_path):
+    """With one replica lost, clients that never resume see nothing of it. With all lost, and none to be built
+    again, streams end UNAVAILABLE and the server fails with one line."""
+    model = tmp_path / "model.gguf"
+    model.write_bytes(tiny.read_bytes())
+    arguments = ["--tp", "2", "--replicas", "2", "--rebuilds", "1"]
+    with serving(model, *arguments) as (process, ready), Client(ready["address"], resumes=0) as client:
+        assert ready["replicas"] == 2
+        pids = [int(line.rpartition("pid ")[2]) for line in ready["ranks"]]
 
-        def read() -> None:
-            try:
-                while True:
-                    client.generate("x", max_tokens=250, ignore_eos=True, timeout=60)
-            except Exception as error:
-                failed.append(error)
+        def ask(seed: int) -> Reply:
+            options = {"max_tokens": 240, "ignore_eos": True, "logprobs": 1, "temperature": 0.9}
+            return client.generate("x", seed=seed, timeout=90, **options)
 
-        reader = threading.Thread(target=read)
-        reader.start()
-        time.sleep(0.5)
-        os.kill(pid, signal.SIGKILL)
-        reader.join(60)
+        def ask_together_and_kill(*ranks: int) -> list[Reply | Exception]:
+            """Two replies, which go to a replica each."""
+            with ThreadPoolExecutor() as pool:
+                asked = [pool.submit(ask, seed) for seed in (1, 2)]
+                while client.load(timeout=10).running < 2:
+                    time.sleep(0.01)
+                for rank in ranks:
+                    os.kill(pids[rank], signal.SIGKILL)
+                return [each.exception() or each.result() for each in asked]
+
+        want = [ask(1), ask(2)]
+        replies = ask_together_and_kill(1)
+        for reply, same in zip(replies, want, strict=True):
+            assert (reply.token_ids, reply.logprobs) == (same.token_ids, same.logprobs)
+            assert (reply.resumed, reply.text, reply.usage) == (0, same.text, same.usage)
+        log = [process.stderr.readline() for _ in range(3)]
+        assert log[0].startswith("tramontane: replica 0 is lost: rank 1")
+        assert log[1] == "tramontane: rebuilding replica 0 (try 1 of 1)\n"
+        assert log[2].startswith("tramontane: replica 0 serves again ")
+        pids[:2] = [int(pid) for pid in re.findall(r"pid (\d+)", log[2])]
+        model.unlink()
+        for failed in ask_together_and_kill(0, 3):
+            assert isinstance(failed, Unavailable), failed
         ended = finish(process)
-    assert failed and isinstance(failed[0], Unavailable)
     assert ended.status == 1
-    lines = ended.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and "rank" in lines[0], ended.err
+    *log, last = ended.err.splitlines()
+    assert last.startswith("error: ") and "rank" in last, ended.err
+    assert all(line.startswith("tramontane: ") for line in log)
+    assert any("replica 1 was not rebuilt" in line and "not found" in line for line in log)
 
 
 @pytest.mark.cluster

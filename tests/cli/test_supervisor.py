@@ -1,0 +1,304 @@
+"""Replicas that are lost and built again, without Ray: scripted engines, and real ones in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from runtime.commands.engines import start_engine
+from runtime.commands.supervisor import Supervised
+from runtime.config import EngineConfig, ModelConfig, ParallelConfig, ServeConfig
+from runtime.errors import InvalidArgument, NotEnough, Unavailable
+from runtime.types import Branch, EngineInfo, Finished, FinishReason, Request, SamplingParams, TokenOutput
+from tests.replies import ask
+from tests.rule.engines import assert_same, plain_replies
+from tests.server.scripted import PieceTokenizer, ScriptedEngine, info_for
+
+INFO = info_for(PieceTokenizer())
+TEXT = b"the quick brown fox jumps"
+
+
+class Made:
+    """An engine that a test can kill."""
+
+    def __init__(self, info: EngineInfo = INFO):
+        self.info = info
+        self.engine = ScriptedEngine(TEXT, pace=0.005)
+        self.closed = False
+        self.dead: asyncio.Event | None = None
+
+    @asynccontextmanager
+    async def connect(self):
+        self.dead = asyncio.Event()
+        yield self
+
+    async def generate(self, request):
+        async with aclosing(self.engine.generate(request)) as outputs:
+            async for output in outputs:
+                if self.dead.is_set():
+                    raise Unavailable("it was killed")
+                yield output
+
+    async def lost(self, client) -> str:
+        await self.dead.wait()
+        return "a rank died"
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+class Yard:
+    """Builds what a test says: engines, or what is to be raised."""
+
+    def __init__(self, *plan):
+        self.plan = list(plan)
+        self.made: list[Made] = []
+        self.log: list[str] = []
+
+    def __call__(self, say) -> Made:
+        say("building")
+        what = self.plan.pop(0) if self.plan else None
+        if isinstance(what, BaseException):
+            raise what
+        self.made.append(what or Made())
+        return self.made[-1]
+
+    def supervised(self, replicas=1, rebuilds=2) -> Supervised:
+        return Supervised(self, replicas, rebuilds=rebuilds, log=self.log.append, first_wait=0.01)
+
+
+def asked(name="r") -> Request:
+    return Request(name, (1,), SamplingParams(max_tokens=20, seed=1), branches=(Branch(),))
+
+
+async def reply(client, name="r", at=None, then=lambda: None) -> bytes:
+    """The tokens of a reply; `then` is called when `at` of them have come."""
+    tokens = []
+    async with asyncio.timeout(10):
+        async for output in client.generate(asked(name)):
+            if isinstance(output, TokenOutput):
+                tokens.append(output.token)
+                if len(tokens) == at:
+                    then()
+            else:
+                assert output.reason is FinishReason.LENGTH, output
+    return bytes(tokens)
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def run(engine: Supervised, body) -> None:
+    async def go():
+        async with engine.connect() as client:
+            await body(client)
+
+    try:
+        asyncio.run(go())
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_lost_replica_is_built_again_and_used(replicas):
+    yard = Yard()
+    engine = yard.supervised(replicas)
+
+    async def body(client):
+        for number in range(2):
+            count = len(yard.made)
+            # All that run are killed: with two replicas one after the other, and both come back.
+            kill = [made for made in yard.made if not made.closed]
+            together = [reply(client, f"{number}.{i}", 5, kill[i].dead.set) for i in range(replicas)]
+            assert await asyncio.gather(*together) == [TEXT[:20]] * replicas
+            await until(lambda count=count: len(yard.made) == count + replicas)
+            await until(lambda: all(seat.client for seat in client._seats))
+        assert await reply(client) == TEXT[:20]
+
+    run(engine, body)
+    assert all(made.closed for made in yard.made)
+    for index in range(replicas):
+        mine = [line for line in yard.log if f"replica {index}" in line]
+        assert mine[0] == f"replica {index} is lost: a rank died"
+        assert mine[1] == f"rebuilding replica {index} (try 1 of 2)"
+        assert mine[2].startswith(f"replica {index} serves again ") and mine[2].endswith("(here; there)")
+        assert mine[4] == f"rebuilding replica {index} (try 2 of 2)"
+
+
+def test_what_cannot_be_built_is_given_up():
+    problem = NotEnough("no GPUs are left")
+    yard = Yard(None, None, problem, ValueError("odd"))
+    engine = yard.supervised(2)
+
+    async def body(client):
+        yard.made[1].dead.set()
+        await until(lambda: "replica 1 was not rebuilt: ValueError: odd" in yard.log)
+        assert "replica 1 was not rebuilt: no GPUs are left" in yard.log
+        assert await reply(client) == TEXT[:20]
+        lost = asyncio.create_task(engine.lost(client))
+        await asyncio.sleep(0.02)
+        assert not lost.done(), "one still serves"
+        yard.plan = [problem, problem]
+        with pytest.raises(AssertionError, match=r"a rank died|it was killed"):
+            await reply(client, "last", 3, yard.made[0].dead.set)
+        assert await asyncio.wait_for(lost, 5) == "a rank died"
+        with pytest.raises(Unavailable, match="a rank died"):
+            await reply(client, "later")
+
+    run(engine, body)
+    assert len(yard.made) == 2 and all(made.closed for made in yard.made)
+
+
+def test_without_rebuilds_a_loss_is_final():
+    yard = Yard()
+    engine = yard.supervised(2, rebuilds=0)
+
+    async def body(client):
+        assert await reply(client, "r", 3, yard.made[0].dead.set) == TEXT[:20]
+        yard.made[1].dead.set()
+        assert await asyncio.wait_for(engine.lost(client), 5) == "a rank died"
+
+    run(engine, body)
+    assert [line for line in yard.log if "rebuild" in line] == []
+
+
+def test_one_that_comes_back_another_is_not_used():
+    yard = Yard(None, Made(replace(INFO, numerics="other")))
+    engine = yard.supervised()
+
+    async def body(client):
+        assert await reply(client, "r", 3, yard.made[0].dead.set) == TEXT[:20]
+
+    run(engine, body)
+    assert "replica 0 is lost: replica 0 has numerics 'other', the others 'test-numerics'" in yard.log
+    assert yard.made[1].engine.requests == [] and len(yard.made) == 3
+    assert all(made.closed for made in yard.made)
+
+
+def test_a_first_build_that_fails_leaves_nothing():
+    yard = Yard(None, NotEnough("memory"))
+    with pytest.raises(NotEnough, match="memory"):
+        yard.supervised(2)
+    assert [made.closed for made in yard.made] == [True]
+    yard = Yard(None, Made(replace(INFO, numerics="other")))
+    with pytest.raises(Unavailable, match="do not compute alike"):
+        yard.supervised(2)
+    assert [made.closed for made in yard.made] == [True, True]
+
+
+def test_stopping_abandons_a_build():
+    """The server ends at once, not when a lost replica stands again."""
+    began, yard = threading.Event(), Yard()
+
+    def build(say):
+        if not yard.made:
+            return yard(say)
+        for _ in range(1000):
+            say("loading")
+            began.set()
+            time.sleep(0.01)
+        raise AssertionError("it was not told")
+
+    engine = Supervised(build, 1, rebuilds=3, log=yard.log.append)
+
+    async def body(client):
+        yard.made[0].dead.set()
+        await asyncio.to_thread(began.wait, 5)
+
+    started = time.monotonic()
+    run(engine, body)
+    assert time.monotonic() - started < 5
+    assert yard.log[-1].startswith("rebuilding replica 0")
+
+
+def test_one_that_is_built_when_all_stops_is_stopped_too():
+    began, yard = threading.Event(), Yard()
+
+    def build(say):
+        if yard.made:
+            began.set()
+            time.sleep(0.2)
+        return yard(lambda text: None)
+
+    engine = Supervised(build, 1, rebuilds=3, log=yard.log.append)
+
+    async def body(client):
+        yard.made[0].dead.set()
+        await asyncio.to_thread(began.wait, 5)
+
+    run(engine, body)
+    assert [made.closed for made in yard.made] == [True, True]
+
+
+# ---- real engines -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return ServeConfig(ModelConfig(str(tiny)), EngineConfig(block_size=16), ParallelConfig(threads=1))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_real_ranks_that_are_lost_again_and_again(config, replicas, capfd):
+    """One reply over three losses: the one of a plain run, every logprob too."""
+    params = SamplingParams(max_tokens=40, temperature=1.1, seed=4, logprobs=2, presence_penalty=0.5)
+    request = Request("r", tuple(range(3, 40)), params)
+    [want] = plain_replies(config.model.path, [request])
+    config = replace(config, parallel=replace(config.parallel, replicas=replicas))
+
+    async def go(engine):
+        async with engine.connect() as client:
+            losing, kills = {9, 10, 30}, []
+
+            class Killer:
+                async def generate(self, request):
+                    async with aclosing(client.generate(request)) as outputs:
+                        async for output in outputs:
+                            if isinstance(output, TokenOutput) and output.index in losing:
+                                losing.discard(output.index)
+                                at = client._running["r"].client
+                                kills.append(output.index)
+                                at._loop.ranks_lost("killed")
+                            yield output
+
+            async with asyncio.timeout(60):
+                got, end = await ask(Killer(), request)
+            assert kills == [9, 10, 30] and client.moved == 3
+            assert_same([got], [want])
+            assert isinstance(end, Finished) and end.completion_tokens == 40
+
+    with start_engine(config, local=True, rebuilds=3) as engine:
+        assert engine.info.total_blocks > 0
+        asyncio.run(go(engine))
+    assert capfd.readouterr().err.count("is lost: killed") == 3
+
+
+def test_cores_are_divided(config, monkeypatch):
+    from runtime.commands import engines
+
+    monkeypatch.setattr(engines.os, "cpu_count", lambda: 16)
+    parallel = ParallelConfig(tp=2, replicas=2)
+    divided = engines._divided(replace(config, parallel=parallel), 1)
+    assert divided.parallel.threads == 4
+    assert engines._divided(replace(config, parallel=parallel), 2).parallel.threads == 8
+    given = replace(config, parallel=replace(parallel, threads=3))
+    assert engines._divided(given, 1) is given
+    alone = replace(config, parallel=ParallelConfig(tp=2))
+    assert engines._divided(alone, 1) is alone
+
+
+def test_no_replicas_are_refused(config):
+    from runtime.commands.engines import open_front, preview
+
+    config = replace(config, parallel=ParallelConfig(replicas=0))
+    with pytest.raises(InvalidArgument, match="replicas: must be at least 1"):
+        preview(open_front(config.model, chat=False), config)
