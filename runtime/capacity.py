@@ -8,6 +8,7 @@ import psutil
 
 from runtime.config import EngineConfig, ParallelConfig
 from runtime.errors import InvalidArgument, NotEnough
+from runtime.model.draft import draft_cost
 from runtime.model.header import OpenModel
 from runtime.model.stages import stage_layers
 
@@ -23,14 +24,16 @@ def kv_blocks(
     max_model_len: int | None,
     *,
     sharers: int | None = None,
+    draft: OpenModel | None = None,
 ) -> EngineConfig:
-    """Fill in `max_model_len`, `total_blocks` and `microbatches`, of which there are as many as stages.
+    """Fill in `max_model_len`, `total_blocks`, `draft_cost` with a draft model, and `microbatches`, of which
+    there are as many as stages.
 
     The whole of a position's KV is spread over the ranks, by units and by layers; the largest share decides.
-    Without --kv-memory a
-    rank takes a quarter of what is free, shared by the ranks of the host, 512 MiB at most, yet room for one
-    full context. A rank on a GPU, which has loaded its weights by then, takes what is left but for
-    GPU_SPARE. `sharers`: ranks that live off one memory; None: all on a host, one on a GPU.
+    A draft model keeps its KV by the same blocks. Without --kv-memory a rank takes a quarter of what is free,
+    shared by the ranks of the host, 512 MiB at most, yet room for one full context. A rank on a GPU, which
+    has loaded its weights by then, takes what is left but for GPU_SPARE. `sharers`: ranks that live off one
+    memory; None: all on a host, one on a GPU.
     """
     context = opened.spec.context_length
     if max_model_len is not None:
@@ -46,6 +49,9 @@ def kv_blocks(
     largest_run = -(-units // parallel.tp)
     most_layers = max(stop - start for start, stop in stage_layers(opened, parallel.pp))
     block_bytes = opened.kv_bytes_per_position * largest_run * most_layers * block // (units * layers)
+    if draft is not None:
+        run = -(-len(draft.units) // parallel.tp)
+        block_bytes += draft.kv_bytes_per_position * run * block // len(draft.units)
     for_one = -(-context // block)
     sharers = sharers or (1 if opened.device == "cuda" else parallel.tp * parallel.pp)
     free = _free(opened.device)
@@ -71,6 +77,7 @@ def kv_blocks(
         total_blocks=blocks,
         max_model_len=min(context, blocks * block),
         microbatches=max(engine.microbatches, parallel.pp),
+        draft_cost=draft_cost(draft, opened) if engine.draft_cost is None else engine.draft_cost,
     )
 
 

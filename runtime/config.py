@@ -15,6 +15,7 @@ class ModelConfig:
     dtype: str = "auto"  # activations: "bf16", "fp32" (CPU; auto: fp32 for F32/F16 files), "fp16" (GPU)
     max_model_len: int | None = None  # None: the model's own context length
     chat_template: str | None = None  # a template's text; None: the model's own
+    draft: str | None = None  # a smaller model of the same vocabulary that guesses ahead
 
 
 @dataclass(frozen=True, slots=True)

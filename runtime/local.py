@@ -17,6 +17,7 @@ from runtime.errors import TramontaneError
 from runtime.loop import EngineLoop
 from runtime.model.communicator import Alone, Communicator, Threads
 from runtime.model.device import resolve_device
+from runtime.model.draft import open_draft
 from runtime.model.header import open_model
 from runtime.model.load import engine_info, load_shard
 from runtime.model.pipe import ThreadPipe
@@ -73,8 +74,11 @@ class LocalRanks:
             thread.join(timeout=10)
 
 
-def local_runners(shards: list, tp: int, config: EngineConfig, max_positions: int) -> list[StepRunner]:
-    """Runners that are to be threads of this process, for shards of whole stages of `tp` ranks, in order."""
+def local_runners(
+    shards: list, tp: int, config: EngineConfig, max_positions: int, drafts: list | None = None
+) -> list[StepRunner]:
+    """Runners that are to be threads of this process, for shards of whole stages of `tp` ranks, in order;
+    `drafts` are their shards of a draft model, None without one."""
     pp = len(shards) // tp
     comms: list[Communicator] = []
     for _ in range(pp):
@@ -88,6 +92,7 @@ def local_runners(shards: list, tp: int, config: EngineConfig, max_positions: in
             block_size=config.block_size,
             max_positions=max_positions,
             pipe=pipes[rank % tp][rank // tp] if pipes else None,
+            draft=drafts[rank] if drafts else None,
         )
         for rank, (shard, comm) in enumerate(zip(shards, comms, strict=True))
     ]
@@ -156,16 +161,20 @@ class LocalEngine:
         opened = open_model(model, device)
         rank_units(len(opened.units), parallel.tp)  # a wrong tp or pp is refused before anything is loaded
         stage_layers(opened, parallel.pp)
+        draft = open_draft(model, opened, parallel)
         ranks = parallel.tp * parallel.pp
         torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // ranks))
-        room = partial(kv_blocks, opened, engine or EngineConfig(), parallel, model.max_model_len)
+        room = partial(
+            kv_blocks, opened, engine or EngineConfig(), parallel, model.max_model_len, draft=draft
+        )
         config = room() if device == "cpu" else None  # on a GPU once the weights have taken theirs
         shards = [
             load_shard(opened, rank, parallel.tp, pp=parallel.pp, progress=progress if rank == 0 else None)[0]
             for rank in range(ranks)
         ]
+        drafts = [load_shard(draft, rank, parallel.tp)[0] if draft else None for rank in range(ranks)]
         config = config or room(sharers=ranks)
-        runners = local_runners(shards, parallel.tp, config, config.max_model_len)
+        runners = local_runners(shards, parallel.tp, config, config.max_model_len, drafts)
         for runner in runners:
             if answers(runner):
                 runner.watch = watch

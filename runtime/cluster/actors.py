@@ -70,6 +70,7 @@ class RankActor:
         from runtime.cluster.peers import SocketCommunicator
         from runtime.cluster.stage_pipe import StagePipe
         from runtime.model.communicator import Alone
+        from runtime.model.draft import open_draft
         from runtime.model.header import open_model
         from runtime.model.load import engine_info, load_shard
 
@@ -78,7 +79,8 @@ class RankActor:
         torch.set_num_threads(self._threads)
         opened = open_model(model, parallel.device)
         sharers = here if opened.device == "cpu" else 1
-        room = partial(kv_blocks, opened, engine, parallel, model.max_model_len, sharers=sharers)
+        draft = open_draft(model, opened, parallel)
+        room = partial(kv_blocks, opened, engine, parallel, model.max_model_len, sharers=sharers, draft=draft)
         config = room() if opened.device == "cpu" else None  # on a GPU once the weights have taken theirs
         self._comm, self._pipe, self._mesh = Alone(), None, None
         tp = parallel.tp
@@ -91,6 +93,7 @@ class RankActor:
         if parallel.pp > 1:
             self._pipe = StagePipe(self._mesh, tp)
         self._shard, read = load_shard(opened, self._rank, tp, pp=parallel.pp)
+        self._draft = load_shard(draft, self._rank, tp)[0] if draft else None
         config = config or room()
         return RankReport(
             self._rank,
@@ -99,7 +102,7 @@ class RankActor:
             read.bytes_read,
             read.seconds,
             read.bytes_per_second,
-            self._shard.nbytes,
+            self._shard.nbytes + (self._draft.nbytes if self._draft else 0),
             config,
             engine_info(opened, model, config, tp, pp=parallel.pp),
         )
@@ -121,6 +124,7 @@ class RankActor:
             block_size=config.block_size,
             max_positions=config.max_model_len,
             pipe=self._pipe,
+            draft=self._draft,
         )
         self._cache_bytes = runner.cache_bytes
         _spare_the_collector()
@@ -133,7 +137,7 @@ class RankActor:
     def memory(self) -> dict[str, int]:
         """Bytes of weights and KV, and of the whole process."""
         return {
-            "weights": self._shard.nbytes,
+            "weights": self._shard.nbytes + (self._draft.nbytes if self._draft else 0),
             "kv": getattr(self, "_cache_bytes", 0),
             "resident": psutil.Process().memory_info().rss,
         }

@@ -21,6 +21,7 @@ from runtime.cluster.versions import check_alike
 from runtime.config import ParallelConfig, ServeConfig
 from runtime.errors import NotEnough, TramontaneError, Unavailable
 from runtime.model.device import resolve_device
+from runtime.model.draft import open_draft
 from runtime.model.header import open_model
 from runtime.model.stages import stage_layers
 from runtime.model.units import rank_units
@@ -50,9 +51,10 @@ class Cluster:
         opened = open_model(config.model)
         rank_units(len(opened.units), config.parallel.tp)
         stage_layers(opened, config.parallel.pp)
+        draft = open_draft(config.model, opened, config.parallel)
         if config.parallel.device == "cpu" and ray_address is None:
             # This host's memory is the ranks'; elsewhere, and on GPUs, they judge by their own.
-            kv_blocks(opened, config.engine, config.parallel, config.model.max_model_len)
+            kv_blocks(opened, config.engine, config.parallel, config.model.max_model_len, draft=draft)
         self._started_ray = False
         self._group = None
         self._engine = None

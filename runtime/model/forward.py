@@ -67,6 +67,15 @@ def rope_table(
     return torch.from_numpy(both[0])[:, None], torch.from_numpy(both[1])[:, None]
 
 
+def new_cache(shard: Shard, total_blocks: int, block_size: int) -> torch.Tensor:
+    """[layers, blocks, block_size, 2, KV heads held, D]. Zeros, not garbage: masked positions are multiplied
+    by exact zeros, which a NaN would survive."""
+    held = shard.units[shard.run[0] : shard.run[1]]
+    kv_heads = held[-1].kv_heads[1] - held[0].kv_heads[0]
+    shape = (len(shard.layers), total_blocks, block_size, 2, kv_heads, shard.spec.head_dim)
+    return torch.zeros(shape, dtype=shard.dtype)
+
+
 class Forward:
     """A shard bound to its KV cache and its group."""
 

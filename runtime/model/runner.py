@@ -8,13 +8,14 @@ guesses run along as further rows; what was computed for wrong guesses is writte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from runtime.model.batch import BatchMaker, Run
 from runtime.model.communicator import Communicator
-from runtime.model.forward import Batch, Forward
+from runtime.model.drafter import Ask, Drafter
+from runtime.model.forward import Batch, Forward, new_cache
 from runtime.model.shard import Shard
 from runtime.sampling.sampler import SamplerState, sample_ahead
 from runtime.sampling.score import score
@@ -45,24 +46,28 @@ class Runner:
         total_blocks: int,
         block_size: int,
         max_positions: int,
+        draft: Shard | None = None,
     ):
-        spec = shard.spec
-        held = shard.units[shard.run[0] : shard.run[1]]
-        kv_heads = held[-1].kv_heads[1] - held[0].kv_heads[0]
-        # Zeros, not garbage: masked positions are multiplied by exact zeros, which a NaN would survive.
-        cache = torch.zeros(
-            len(shard.layers), total_blocks, block_size, 2, kv_heads, spec.head_dim, dtype=shard.dtype
-        )
-        self.forward = Forward(shard, cache, comm, max_positions)
+        """draft: this rank's share of a draft model."""
+        self.forward = Forward(shard, new_cache(shard, total_blocks, block_size), comm, max_positions)
         self.comm = comm
         self.block_size = block_size
-        self._batches = BatchMaker(spec, shard.dtype, block_size, total_blocks)
+        self._batches = BatchMaker(shard.spec, shard.dtype, block_size, total_blocks)
+        self._drafter = None
+        if draft is not None:
+            self._drafter = Drafter(
+                draft,
+                comm,
+                total_blocks=total_blocks,
+                block_size=block_size,
+                max_positions=max_positions,
+            )
         self._sequences: dict[int, _Sequence] = {}
         self.watch: Watch | None = None
 
     @property
     def cache_bytes(self) -> int:
-        return self.forward.cache.nbytes
+        return self.forward.cache.nbytes + (self._drafter.cache_bytes if self._drafter else 0)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -70,17 +75,43 @@ class Runner:
         self._apply(plan)
         if not plan.chunks:
             return StepResult(plan.step, ())
-        return self._conclude(plan, self.forward.hidden(self._batch(plan.chunks)))
+        chunks = plan.chunks if self._drafter is None else self._guess(plan.chunks)
+        return self._conclude(plan.step, chunks, self.forward.hidden(self._batch(chunks)))
 
-    def _conclude(self, plan: StepPlan, hidden: torch.Tensor) -> StepResult:
-        """Sample and score, given the hidden states of the plan's batch."""
-        chunks = plan.chunks
+    def _conclude(self, step: int, chunks: Sequence[Chunk], hidden: torch.Tensor) -> StepResult:
+        """Sample and score, given the hidden states of the chunks' batch."""
         chosen = [chunk for chunk in chunks if chunk.samples]
         rows = sum(1 + len(chunk.drafts) for chunk in chosen)
         scores = self._scores([chunk for chunk in chunks if chunk.scores], hidden[rows:])
         sampled = self._sample(chosen, self.forward.logits(hidden[:rows])) if chosen else ()
         self._take(sampled)
-        return StepResult(plan.step, sampled, scores)
+        return StepResult(step, sampled, scores)
+
+    def _guess(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """The chunks with the guesses that the draft model is asked for."""
+        sequences = [self._sequences[chunk.slot] for chunk in chunks]
+        both = list(zip(chunks, sequences, strict=True))
+        for chunk, sequence in both:
+            stop = chunk.start + chunk.length + len(chunk.drafts) + chunk.guesses
+            self._drafter.written(sequence.blocks, chunk.start, stop)
+        self._drafter.follow(
+            [
+                Run(
+                    sequence.tokens[chunk.start : chunk.start + chunk.length], chunk.start, sequence.blocks, 0
+                )
+                for chunk, sequence in both
+                if chunk.length > 1 and not chunk.scores
+            ]
+        )
+        asking = [i for i, chunk in enumerate(chunks) if chunk.guesses]
+        if not asking:
+            return list(chunks)
+        asks = [Ask(s.tokens, s.blocks, chunks[i].guesses, s.sampler) for i in asking if (s := sequences[i])]
+        found = dict(zip(asking, self._drafter.guess(asks), strict=True))
+        return [
+            replace(chunk, drafts=tuple(found[i]), guesses=0) if i in found else chunk
+            for i, chunk in enumerate(chunks)
+        ]
 
     def _apply(self, plan: StepPlan) -> None:
         """What a plan says of slots and blocks, before anything is computed."""

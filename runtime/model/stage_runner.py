@@ -55,7 +55,7 @@ class StageRunner(Runner):
         x = forward.layers(x, batch)
         chosen = [chunk for chunk in plan.chunks if chunk.samples]
         if pipe.last:
-            result = self._conclude(plan, forward.normalised(x, batch))
+            result = self._conclude(plan.step, plan.chunks, forward.normalised(x, batch))
             if chosen:
                 self._tell(chosen, result)
         else:

@@ -7,6 +7,7 @@ step costs what was touched and not the vocabulary. Knows nothing of temperature
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,14 @@ class SamplerState:
         if self._penalises:
             for token, count in zip(*(a.tolist() for a in np.unique(after, return_counts=True)), strict=True):
                 self._count_token(token, count)
+
+    def copy(self) -> SamplerState:
+        """One that goes on from here by itself."""
+        other = copy(self)
+        other._slots = dict(self._slots)
+        for name in ("_ids", "_bias", "_in_text", "_count"):
+            setattr(other, name, getattr(self, name).copy())
+        return other
 
     def append(self, token: int) -> None:
         """Takes the token that was sampled last into the reply."""
