@@ -19,6 +19,8 @@ from runtime.commands.options import (
     AsJson,
     ChatTemplate,
     Device,
+    Draft,
+    DraftTokens,
     Dtype,
     Frequency,
     IgnoreEos,
@@ -150,6 +152,8 @@ def serve(
     max_num_seqs: MaxNumSeqs = 64,
     max_step_tokens: MaxStepTokens = 512,
     kv_memory: KvMemory = None,
+    draft: Draft = None,
+    draft_tokens: DraftTokens = 8,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
     name: Annotated[str, typer.Option(help="Serve under this name. Default: the file's own.")] = "",
@@ -173,8 +177,9 @@ def serve(
             dtype=dtype,
             quantize=quantize,
             template=chat_template,
+            draft=draft,
         ),
-        EngineConfig(max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens),
+        EngineConfig(max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens, draft_tokens=draft_tokens),
         ParallelConfig(tp=tp, pp=pp, device=device, kv_memory=kv_memory, replicas=replicas),
         host=host,
         port=port,
@@ -210,6 +215,8 @@ def generate(
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     kv_memory: KvMemory = None,
+    draft: Draft = None,
+    draft_tokens: DraftTokens = 8,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
     chat_template: ChatTemplate = None,
@@ -234,9 +241,14 @@ def generate(
     )
     config = ServeConfig(
         named_model(
-            model, max_model_len=max_model_len, dtype=dtype, quantize=quantize, template=chat_template
+            model,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            quantize=quantize,
+            template=chat_template,
+            draft=draft,
         ),
-        EngineConfig(max_num_seqs=1),
+        EngineConfig(max_num_seqs=1, draft_tokens=draft_tokens),
         ParallelConfig(tp=tp, pp=pp, device=device, kv_memory=kv_memory),
     )
     generate(config, Ask(prompt, chat, params), local=local, ray_address=ray_address, as_json=json)
@@ -349,12 +361,15 @@ def batch(
     ] = None,
     tp: Tp = 1,
     pp: Pp = 1,
+    replicas: Replicas = 1,
     local: Local = False,
     ray_address: RayAddress = None,
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     max_step_tokens: MaxStepTokens = 512,
     kv_memory: KvMemory = None,
+    draft: Draft = None,
+    draft_tokens: DraftTokens = 8,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
     name: Annotated[str, typer.Option(help="What requests may call MODEL. Default: the file's own.")] = "",
@@ -381,9 +396,12 @@ def batch(
             dtype=dtype,
             quantize=quantize,
             template=chat_template,
+            draft=draft,
         ),
-        EngineConfig(max_num_seqs=max(1, concurrency), max_step_tokens=max_step_tokens),
-        ParallelConfig(tp=tp, pp=pp, device=device, kv_memory=kv_memory),
+        EngineConfig(
+            max_num_seqs=max(1, concurrency), max_step_tokens=max_step_tokens, draft_tokens=draft_tokens
+        ),
+        ParallelConfig(tp=tp, pp=pp, device=device, kv_memory=kv_memory, replicas=replicas),
     )
     batch_model(config, work, local=local, ray_address=ray_address, as_json=json)
 

@@ -94,6 +94,8 @@ class Gathered:
                 finish.usage.prompt_tokens,
                 finish.usage.cached_tokens,
                 sum(choice.completion_tokens for choice in choices),
+                sum(finish.usage.drafted_tokens for finish in self._finishes),
+                sum(finish.usage.accepted_tokens for finish in self._finishes),
             ),
             seed=finish.seed,
             numerics=finish.numerics,

@@ -35,11 +35,14 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. `cached_tokens` of the prompt were already computed for an earlier request."""
+    """Token counts. `cached_tokens` of the prompt were already computed for an earlier request;
+    `drafted_tokens` were guessed ahead by speculation, and `accepted_tokens` of them were right."""
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

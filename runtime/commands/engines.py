@@ -15,6 +15,7 @@ from runtime.commands.output import loading, working
 from runtime.commands.supervisor import Built, Say, Supervised
 from runtime.config import ModelConfig, ServeConfig
 from runtime.errors import InvalidArgument, Unavailable
+from runtime.model.draft import open_draft
 from runtime.model.header import OpenModel, open_model
 from runtime.model.stages import stage_layers
 from runtime.model.units import rank_units
@@ -55,9 +56,7 @@ def open_front(model: ModelConfig, *, chat: bool) -> Front:
     with working("reading the model's header"):
         opened = open_model(model)
         checkpoint = opened.checkpoint
-        folder = Path(checkpoint.path) if checkpoint.kind == "safetensors" else None
-        tokenizer = load_tokenizer(checkpoint.metadata, folder=folder, file=checkpoint.path)
-        tokenizer.check_fits(opened.spec.vocab, checkpoint.path)
+        tokenizer = _tokenizer(opened)
         source = model.chat_template or tokenizer.chat_template
         template = None
         if chat and source is not None:
@@ -67,10 +66,34 @@ def open_front(model: ModelConfig, *, chat: bool) -> Front:
     return Front(opened, tokenizer, template)
 
 
+def _tokenizer(opened: OpenModel) -> Tokenizer:
+    checkpoint = opened.checkpoint
+    folder = Path(checkpoint.path) if checkpoint.kind == "safetensors" else None
+    tokenizer = load_tokenizer(checkpoint.metadata, folder=folder, file=checkpoint.path)
+    tokenizer.check_fits(opened.spec.vocab, checkpoint.path)
+    return tokenizer
+
+
+def _check_draft(front: Front, config: ServeConfig) -> None:
+    """Refuse a draft model that cannot guess for the model: with another vocabulary, above all."""
+    draft = open_draft(config.model, front.opened, config.parallel)
+    if draft is None:
+        return
+    ours, theirs = front.tokenizer, _tokenizer(draft)
+    for token in range(min(ours.vocab_size, theirs.vocab_size)):
+        if ours.token_bytes(token) != theirs.token_bytes(token):
+            raise InvalidArgument(
+                "draft",
+                f"token {token} is {theirs.token_bytes(token)!r} in {draft.spec.name} and "
+                f"{ours.token_bytes(token)!r} in {front.opened.spec.name}: the vocabulary must be the same",
+            )
+
+
 def preview(front: Front, config: ServeConfig) -> EngineInfo:
     """Refuse what can be refused before weights are read; what the engine will be like, as far as known."""
     rank_units(len(front.opened.units), config.parallel.tp)
     stage_layers(front.opened, config.parallel.pp)
+    _check_draft(front, config)
     if config.parallel.replicas < 1:
         raise InvalidArgument("replicas", f"must be at least 1, not {config.parallel.replicas}")
     context = front.opened.spec.context_length

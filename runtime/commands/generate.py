@@ -90,6 +90,8 @@ def reply_json(pieces: list[Piece], final: Final, model: str) -> dict:
             "prompt_tokens": final.prompt_tokens,
             "cached_tokens": final.cached_tokens,
             "completion_tokens": final.completion_tokens,
+            "drafted_tokens": final.drafted_tokens,
+            "accepted_tokens": final.accepted_tokens,
         },
         "model": model,
         "numerics": final.numerics,

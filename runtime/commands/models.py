@@ -9,7 +9,9 @@ from runtime.config import ModelConfig
 from runtime.errors import InvalidArgument, NotFound
 
 
-def named_model(source: str, *, template: Path | None = None, **settings: object) -> ModelConfig:
+def named_model(
+    source: str, *, template: Path | None = None, draft: str | None = None, **settings: object
+) -> ModelConfig:
     """A model's settings with what is named in them at hand: weights downloaded, template read."""
     from runtime.hub import resolve
 
@@ -21,4 +23,6 @@ def named_model(source: str, *, template: Path | None = None, **settings: object
             raise NotFound("chat template", str(template), "no such file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidArgument("chat-template", f"{template} cannot be read: {error}") from None
-    return ModelConfig(str(resolve(source, quiet=not watched())), chat_template=text, **settings)
+    path = str(resolve(source, quiet=not watched()))
+    guesser = None if draft is None else str(resolve(draft, quiet=not watched()))
+    return ModelConfig(path, chat_template=text, draft=guesser, **settings)

@@ -37,6 +37,16 @@ MaxModelLen = Annotated[
     int | None, typer.Option(help="Most tokens of prompt and reply together. Default: what the model takes.")
 ]
 MaxNumSeqs = Annotated[int, typer.Option(help="Most replies that run at once; more wait.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="A smaller model of the same vocabulary, which guesses ahead; replies stay the same.",
+    ),
+]
+DraftTokens = Annotated[
+    int, typer.Option(help="Most tokens guessed ahead for a reply in a step; 0 turns speculation off.")
+]
 MaxStepTokens = Annotated[int, typer.Option(help="Most tokens of one forward step.")]
 KvMemory = Annotated[
     int | None,

@@ -125,6 +125,8 @@ def _finish(final: Final, request_id: str, model: str) -> generate_pb2.Finish:
             prompt_tokens=final.prompt_tokens,
             cached_tokens=final.cached_tokens,
             completion_tokens=final.completion_tokens,
+            drafted_tokens=final.drafted_tokens,
+            accepted_tokens=final.accepted_tokens,
         ),
         seed=final.seed,
         numerics=final.numerics,

@@ -45,6 +45,8 @@ class Final:
     seed: int
     numerics: str
     detail: str = ""  # for ERROR: one line
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ class Reply:
             seed=self._request.params.seed,
             numerics=numerics,
             detail="" if stopped else finished.detail,
+            drafted_tokens=finished.drafted_tokens,
+            accepted_tokens=finished.accepted_tokens,
         )
         return Piece(text, final=final, choice=self._choice)
 
