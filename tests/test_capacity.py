@@ -15,6 +15,7 @@ from runtime.model.communicator import Alone
 from runtime.model.header import OpenModel, open_model
 from runtime.model.load import load_shard
 from runtime.model.runner import Runner
+from runtime.model.stages import stage_layers
 
 GIB = 1 << 30
 
@@ -68,6 +69,21 @@ def test_what_is_counted_is_what_a_rank_takes(model, free):
             runner = Runner(shard, comm, total_blocks=config.total_blocks, block_size=16, max_positions=16)
             sizes.append(runner.cache_bytes)
         assert 300_000 - 16 * 1024 < max(sizes) <= 300_000
+
+
+def test_the_largest_stage_decides(tiny, free):
+    deep = open_model(ModelConfig(str(tiny(types="Q8_0", layers=5, vocab=2048, context=4096))))
+    for pp in (1, 2, 3, 5):
+        config = kv_blocks(
+            deep,
+            EngineConfig(block_size=16, max_num_seqs=1000),
+            ParallelConfig(pp=pp, kv_memory=1 << 20),
+            None,
+        )
+        most = max(stop - start for start, stop in stage_layers(deep, pp))
+        position = deep.kv_bytes_per_position // 5 * most
+        assert config.total_blocks == (1 << 20) // (16 * position)
+        assert config.microbatches == pp
 
 
 def test_unasked_it_takes_a_share_yet_room_for_one_context(model, free):

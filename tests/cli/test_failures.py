@@ -52,6 +52,7 @@ def test_a_model_that_is_none(command, tmp_path):
     [
         (["--tp", "4"], ["tp", "3 units"]),
         (["--tp", "0"], ["tp"]),
+        (["--pp", "3"], ["pp", "2 layers"]),
         (["--device", "cuda"], ["device", "cuda", "cpu"]),
         (["--device", "abacus"], ["device", "abacus"]),
         (["--dtype", "fp8"], ["dtype", "fp8"]),

@@ -19,6 +19,7 @@ import torch
 from runtime.cluster.gpu_peers import GpuCommunicator
 from runtime.cluster.mesh import Mesh, PeerAddress, PeerListener
 from runtime.cluster.peers import SocketCommunicator
+from runtime.cluster.stage_pipe import StagePipe
 from runtime.errors import TramontaneError
 
 SIZES = (0, 1, 1000, 32 * 1024, 32 * 1024 + 1, 100_000, 256 * 1024, 256 * 1024 + 1, 1 << 20, 3_000_001)
@@ -79,6 +80,40 @@ def lose(size: int) -> Callable[[SocketCommunicator], None]:
     return script
 
 
+def pipe(comm: SocketCommunicator, tp: int = 2) -> None:
+    """Tensors of every size go down the stages, each stage's neighbours busy with others meanwhile; tokens
+    come back; nobody waits for who reads late."""
+    ends = StagePipe(comm.mesh, tp)
+    within = comm.mesh.rank % tp
+    tensors = [(n, rows) for n, rows in enumerate((1, 3, 200, 1100, 5000, 1, 1100, 17))]
+    for n, rows in tensors:  # a whole round lies in the pipe before anyone is told anything
+        if ends.stage > 0:
+            x = ends.receive(rows, 64)
+            expect(x.view(-1).view(torch.uint8), rows * 256, n, within)
+        if not ends.last:
+            ends.send(payload(rows * 256, n, within).view(torch.float32).view(rows, 64))
+        else:
+            ends.tell(torch.tensor([[n, within]] * rows))
+    if not ends.last:
+        for n, rows in tensors:
+            told = ends.told(wait=True)
+            if told.view(-1, 2).tolist() != [[n, within]] * rows:
+                raise AssertionError(f"{n}: other tokens were told")
+
+
+def lose_stage(comm: SocketCommunicator) -> None:
+    """The middle stage leaves; those before and after it find out."""
+    ends = StagePipe(comm.mesh, 1)
+    if ends.stage == 1:
+        sys.exit(9)
+    started = time.monotonic()
+    try:
+        ends.receive(1, 1) if ends.last else ends.told(wait=True)
+    finally:
+        print(json.dumps({"noticed": time.monotonic() - started}), flush=True)
+        ends.close()
+
+
 def by_torch(script: Callable[[SocketCommunicator], None]) -> Callable[[SocketCommunicator], None]:
     """The script over the exchanges of GPU ranks, with gloo and host memory in the place of NCCL's."""
     return lambda comm: script(GpuCommunicator(comm, "gloo", "cpu"))
@@ -86,6 +121,8 @@ def by_torch(script: Callable[[SocketCommunicator], None]) -> Callable[[SocketCo
 
 SCRIPTS = {
     "exchange": exchange,
+    "pipe": pipe,
+    "lose stage": lose_stage,
     "exchange by torch": by_torch(partial(exchange, of=SIZES[:6], rounds=8)),
     "lose large by torch": by_torch(lose(1 << 20)),
     "lose small": lose(1000),

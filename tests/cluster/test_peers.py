@@ -65,3 +65,16 @@ def test_a_lost_peer_is_noticed(size):
     for lines in others:
         assert json.loads(lines[0])["noticed"] < 10
         assert lines[1].startswith("Unavailable: rank ")
+
+
+def test_a_pipe_carries_every_size_in_order():
+    """Two stages of two ranks."""
+    assert run(4, "pipe") == [["done"]] * 4
+
+
+def test_a_lost_stage_is_noticed_at_both_ends():
+    first, lost, last = run(3, "lose stage")
+    assert lost == []
+    for lines in (first, last):
+        assert json.loads(lines[0])["noticed"] < 10
+        assert lines[1].startswith("Unavailable: rank ")

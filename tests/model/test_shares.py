@@ -12,6 +12,7 @@ from runtime.model.header import OpenModel
 from runtime.model.layout import shard_slices
 from runtime.model.load import load_shard
 from runtime.model.shard import Shard
+from runtime.model.stages import model_bytes, stage_layers
 from runtime.model.units import rank_units
 from tests.model.driver import opened
 from tests.support import fixture_path
@@ -97,6 +98,33 @@ def check(model: OpenModel, slack: float = SLACK) -> None:
 @pytest.mark.parametrize("types", ["F32", "BF16", "Q4_0", "Q8_0"], ids=str)
 def test_tiny_shares(tiny, types):
     check(opened(tiny(types=types, hidden=256, heads=16, kv_heads=8, ffn=1024, vocab=4096, layers=2)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rank_of_a_stage_reads_and_keeps_its_layers(tiny, tied):
+    """And what stands before and behind them: the embedding in the first stage, norm and head in the last."""
+    model = opened(
+        tiny(types="Q8_0", hidden=256, heads=8, kv_heads=4, ffn=1024, layers=5, vocab=512, tied=tied)
+    )
+    spans, tensors = stage_layers(model, 3), model.checkpoint.tensors
+    layers, before, after = model_bytes(model)
+    wholes = [load_shard(model, rank, 2)[0] for rank in range(2)]
+    names: list[str] = []
+    for rank in range(6):
+        stage, (start, stop) = rank // 2, spans[rank // 2]
+        shard, report = load_shard(model, rank, 2, pp=3)
+        own = sum(layers[start:stop]) + (before if stage == 0 else 0) + (after if stage == 2 else 0)
+        assert 0.5 * own <= report.bytes_read <= 0.5 * SLACK * own
+        held = [shard.embedding is not None, shard.output_norm is not None, bool(shard.heads)]
+        assert held == [stage == 0, stage == 2, stage == 2] == [shard.first, shard.last, shard.last]
+        assert len(shard.layers) == stop - start
+        for mine, theirs in zip(shard.layers, wholes[rank % 2].layers[start:stop], strict=True):
+            for a, b in zip(tensors_of(mine), tensors_of(theirs), strict=True):
+                assert a.layout != torch.strided or torch.equal(a, b)  # oneDNN's own order is not compared
+        if rank % 2 == 0:
+            run = rank_units(len(model.units), 2)[0]
+            names += {wanted.name for wanted in shard_slices(model.spec, model.units, run, (start, stop))}
+    assert sorted(names) == sorted([*tensors, *(["token_embd.weight"] if tied else [])])
 
 
 def test_a_unit_without_ffn_channels_reads_none(tiny):
