@@ -41,6 +41,7 @@ from tramontane.retry import RESUMES
 from tramontane.types import Reply
 
 SHARED_RESUMES = 3  # see tramontane.retry; under a second
+REBUILDS = 3  # of one of several replicas; where there is but one, what is left is for the next run
 DRAIN_SECONDS = 30.0  # what running requests have to finish in after a signal
 
 
@@ -74,7 +75,8 @@ def batch_model(
     def engine() -> Iterator[Answerers]:
         front = open_front(config.model, chat=True)
         preview(front, config)
-        with start_engine(config, local=local, ray_address=ray_address) as running:
+        rebuilds = REBUILDS if config.parallel.replicas > 1 else 0
+        with start_engine(config, local=local, ray_address=ray_address, rebuilds=rebuilds) as running:
 
             @asynccontextmanager
             async def answerers() -> AsyncIterator[Sequence[Answer]]:
