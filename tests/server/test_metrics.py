@@ -164,12 +164,14 @@ def test_only_streams_that_went_on_count_as_resumed():
 
         await refusal(running.stub.Generate(resuming("another's")))
         await read(running.stub.Generate(ask()))
+        bare = generate_pb2.Resume(numerics="test-numerics")  # of a stream that broke before its first token
+        await read(running.stub.Generate(generate_pb2.GenerateRequest(text="hi", resume=bare)))
         assert (await settled(running))("tramontane_resumed_streams_total") == 0
         await read(running.stub.Generate(resuming("test-numerics")))
 
     seen = watched(ScriptedEngine(b"abcde"), visit)
     assert seen("tramontane_resumed_streams_total") == 1
-    assert seen("tramontane_completion_tokens_total") == 5 + 3
+    assert seen("tramontane_completion_tokens_total") == 5 + 5 + 3
 
 
 def test_a_scored_text_has_a_prompt_and_no_replies():
@@ -268,6 +270,14 @@ def test_every_label_is_one_of_a_few():
         for label, value in labels:
             assert label in ("le", "version") or value in allowed[label]
     assert ("tramontane_server_info" in seen.names) and len(seen) < 400
+
+
+@pytest.mark.parametrize("path", ["/any.Service/Generate", "/tramontane.v1.InferenceService/Steal", "", "/"])
+def test_other_services_and_methods_are_not_counted(path):
+    metrics = Metrics(info_for(PieceTokenizer()))
+    before = metrics.render(None, ready=True, open_streams=0)
+    metrics.call(path)("OK")
+    assert metrics.render(None, ready=True, open_streams=0) == before
 
 
 def test_servers_of_one_process_count_apart():
