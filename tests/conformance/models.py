@@ -1,6 +1,6 @@
-"""The models of the suite: tiny ones written on the spot, real ones where they lie, each read once.
+"""The models of the suite: tiny ones written on the spot, real ones where they lie, each read once a cut.
 
-What differs between two ways to run is settings, never weights: the shards of each number of ranks are kept,
+What differs between two ways to run is settings, never weights: the shards of each cut are kept,
 and a way makes only runners (KV cache, state) over them.
 """
 
@@ -17,12 +17,11 @@ import torch
 
 from runtime.capacity import kv_blocks
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
-from runtime.local import LocalClient, LocalRanks
+from runtime.local import LocalClient, LocalRanks, local_runners
 from runtime.loop import EngineLoop
-from runtime.model.communicator import Alone, Communicator, Threads
 from runtime.model.header import open_model
 from runtime.model.load import engine_info, load_shard
-from runtime.model.runners import StepRunner, make_runner
+from runtime.model.runners import StepRunner
 from runtime.tokenizer.load import load_tokenizer
 from runtime.types import Request
 from tests.conformance.plain import Plain
@@ -83,55 +82,48 @@ class Model:
         self.config = ModelConfig(str(path))
         self.opened = open_model(self.config)
         self.units = len(self.opened.units)
+        self.layers = self.opened.spec.layers
         self.context = min(CONTEXT, self.opened.spec.context_length)
         self.tokenizer = load_tokenizer(self.opened.checkpoint.metadata, file=str(path))
         self.requests: list[Request] = request_list(
             self.tokenizer.encode, self.opened.spec.vocab, self.context, longest=longest
         )[::every]
-        self._shards: dict[int, list] = {}
+        self._shards: dict[tuple[int, int], list] = {}
         self._reading = threading.Lock()
 
     @cached_property
     def plain(self) -> Plain:
         return Plain(self.shards(1)[0], self.context)
 
-    def shards(self, tp: int) -> list:
+    def shards(self, tp: int, pp: int = 1) -> list:
         with self._reading:
-            if tp not in self._shards:
-                self._shards[tp] = [load_shard(self.opened, rank, tp)[0] for rank in range(tp)]
-            return self._shards[tp]
+            if (tp, pp) not in self._shards:
+                self._shards[tp, pp] = [
+                    load_shard(self.opened, rank, tp, pp=pp)[0] for rank in range(tp * pp)
+                ]
+            return self._shards[tp, pp]
 
-    def settle(self, config: EngineConfig, tp: int) -> EngineConfig:
+    def settle(self, config: EngineConfig, tp: int, pp: int = 1) -> EngineConfig:
         """The settings as an engine would take them: block size checked, context filled in."""
-        return kv_blocks(self.opened, config, ParallelConfig(tp=tp, device="cpu"), self.context)
+        return kv_blocks(self.opened, config, ParallelConfig(tp=tp, pp=pp, device="cpu"), self.context)
 
-    def runners(self, config: EngineConfig, tp: int) -> list[StepRunner]:
-        comms: list[Communicator] = list(Threads.group(tp)) if tp > 1 else [Alone()]
-        return [
-            make_runner(
-                shard,
-                comm,
-                total_blocks=config.total_blocks,
-                block_size=config.block_size,
-                max_positions=self.context,
-            )
-            for shard, comm in zip(self.shards(tp), comms, strict=True)
-        ]
+    def runners(self, config: EngineConfig, tp: int, pp: int = 1) -> list[StepRunner]:
+        return local_runners(self.shards(tp, pp), tp, config, self.context)
 
     @contextmanager
-    def serving(self, *, tp: int = 1, threads: int = 1, **settings) -> Iterator[Serving]:
+    def serving(self, *, tp: int = 1, pp: int = 1, threads: int = 1, **settings) -> Iterator[Serving]:
         """An engine at work in this process, as `LocalEngine` puts it together."""
         config = EngineConfig(**settings)
         if not config.total_blocks:  # room for 16 full contexts, not the machine's memory
             blocks = -(-self.context // config.block_size) * 16
             config = EngineConfig(**{**settings, "total_blocks": blocks})
-        config = self.settle(config, tp)
+        config = self.settle(config, tp, pp)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        loop = EngineLoop(config, LocalRanks(self.runners(config, tp)), self.opened.spec.vocab)
+        loop = EngineLoop(config, LocalRanks(self.runners(config, tp, pp)), self.opened.spec.vocab)
         loop.start()
         try:
-            info = engine_info(self.opened, self.config, config, tp)
+            info = engine_info(self.opened, self.config, config, tp, pp=pp)
             yield Serving(loop, LocalClient(loop, info), config)
         finally:
             loop.close()

@@ -40,6 +40,7 @@ class Scenario:
     the very beginning, to fill the batch."""
 
     tp: int = 1
+    pp: int = 1
     block_size: int = 64
     total_blocks: int = 64
     max_num_seqs: int = 64
@@ -84,13 +85,13 @@ class Play:
                 )
             }
         )
-        self._config = model.settle(config, scenario.tp)
+        self._config = model.settle(config, scenario.tp, scenario.pp)
         self._engine = Engine(self._config, scenario.steps_in_flight)
         self._evicted = self._named = 0
 
     def run(self) -> Tally:
         results: queue.SimpleQueue[StepResult | str] = queue.SimpleQueue()
-        ranks = LocalRanks(self.model.runners(self._config, self.scenario.tp))
+        ranks = LocalRanks(self.model.runners(self._config, self.scenario.tp, self.scenario.pp))
         ranks.start(results.put, results.put)
         try:
             self._drive(ranks, results)

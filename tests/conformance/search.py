@@ -62,6 +62,7 @@ def scenarios(model: Model) -> st.SearchStrategy[Scenario]:
         rooms += [] if crowd else [0]
         return Scenario(
             tp=draw(st.sampled_from(ranks)),
+            pp=draw(st.sampled_from([1, 1, 1, 2])),
             block_size=block,
             total_blocks=max(largest, draw(st.sampled_from(rooms))),
             max_num_seqs=64 if tight else draw(st.sampled_from([64, 8, 3, 2])),

@@ -23,7 +23,7 @@ from tests.rule.test_score import scores_of
 
 @dataclass(frozen=True)
 class Way:
-    """`settings`: of the engine, with tp and threads. `copies`: how often each request is in the batch.
+    """`settings`: of the engine, with tp, pp and threads. `copies`: how often each request is in the batch.
     `rounds`: how often all is asked, one time after the other. `ask`: what is asked, by name in ASKS."""
 
     name: str
@@ -80,8 +80,23 @@ def ways(model: Model) -> Iterator[Way]:
                 {"tp": tp, "max_chunk": 13, "block_size": 4, "total_blocks": tight},
             ),
         ]
+    made += [
+        Way("2 stages", {"pp": 2, "block_size": SMALL}),
+        Way(
+            "2 stages, preempted, in chunks of 13",
+            {"pp": 2, "max_chunk": 13, "block_size": 4, "total_blocks": tight},
+        ),
+        Way("a stage a layer, at most 6", {"pp": min(6, model.layers), **room}, "together", copies=2),
+    ]
     if model.units > 1:
         made += [
+            Way(
+                "2 stages of 2 ranks, resumed after every number of tokens",
+                {"pp": 2, "tp": 2, **room},
+                "resumed",
+            ),
+            Way("2 stages of all ranks, three choices each", {"pp": 2, "tp": model.units, **room}, "choices"),
+            Way("2 stages of 2 ranks, prompts scored beside replies", {"pp": 2, "tp": 2, **room}, "scores"),
             Way("2 ranks, one after the other", {"tp": 2}, "in turn"),
             Way("2 ranks, resumed after every number of tokens", {"tp": 2, **room}, "resumed"),
             Way("all ranks, three choices each", {"tp": model.units, **room}, "choices"),
