@@ -1,4 +1,4 @@
-"""An engine's Load as Prometheus metrics, and the asking for it.
+"""An engine's Load as Prometheus metrics, and the asking for it; and how many engines there are behind it.
 
 An engine that is stuck or gone must not take its metrics' reader along: it is given a moment, and then the
 only thing said of it is that it is down. Knows nothing of streams and ports.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from runtime.errors import TramontaneError
 from runtime.server.engine_client import EngineClient
+from runtime.server.replicas import Replicas
 from runtime.types import Load
 
 PATIENCE = 1.0  # seconds that an engine has to answer; scrapes time out after ten by default
@@ -36,34 +38,41 @@ _COUNTERS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a gateway sees behind it at one moment."""
+
+    load: Load | None  # None: no answer
+    replicas: int = 1
+    replicas_up: int = 1
+    moved: int = 0  # requests that went on at another replica, so far
+
+
 class EngineCollector(Collector):
-    """The metrics of `load`, which whoever writes them out sets just before; None: no answer."""
+    """The metrics of `seen`, which whoever writes them out sets just before."""
 
     def __init__(self, max_sequences: int):
-        self.load: Load | None = None
+        self.seen = Seen(None)
         self._max_sequences = max_sequences
 
-    def describe(self) -> Iterator[Metric]:
-        """All families, without values."""
-        yield GaugeMetricFamily("tramontane_engine_up", "1 if the engine answered, else 0.")
-        yield GaugeMetricFamily("tramontane_engine_max_sequences", "Most sequences in a batch.")
-        for family, readings in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
-            for name, (_, text) in readings.items():
-                yield family(f"tramontane_engine_{name}", text)
-
     def collect(self) -> Iterator[Metric]:
-        readings = _GAUGES | _COUNTERS
-        for family in self.describe():
-            name = family.name.removeprefix("tramontane_engine_")
-            if name == "up":
-                family.add_metric([], self.load is not None)
-            elif name == "max_sequences":
-                family.add_metric([], self._max_sequences)
-            elif self.load is None:
-                continue
-            else:
-                family.add_metric([], getattr(self.load, readings[name][0]))
-            yield family
+        seen = self.seen
+        yield GaugeMetricFamily("tramontane_replicas", "Replicas there are if none is lost.", seen.replicas)
+        yield GaugeMetricFamily("tramontane_replicas_up", "Replicas there are now.", seen.replicas_up)
+        yield CounterMetricFamily(
+            "tramontane_moved_requests", "Requests that lost a replica and went on at another.", seen.moved
+        )
+        yield GaugeMetricFamily(
+            "tramontane_engine_up", "1 if the engine answered, else 0.", seen.load is not None
+        )
+        yield GaugeMetricFamily(
+            "tramontane_engine_max_sequences", "Most sequences in a batch.", self._max_sequences
+        )
+        if seen.load is None:
+            return
+        for family, readings in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, (field, text) in readings.items():
+                yield family(f"tramontane_engine_{name}", text, getattr(seen.load, field))
 
 
 class LoadReader:
@@ -75,7 +84,13 @@ class LoadReader:
         self._patience = patience
         self._asked: asyncio.Task[Load] | None = None
 
-    async def read(self) -> Load | None:
+    async def read(self) -> Seen:
+        load = await self._load()
+        if isinstance(self._client, Replicas):
+            return Seen(load, self._client.places, self._client.there, self._client.moved)
+        return Seen(load, replicas_up=int(load is not None))
+
+    async def _load(self) -> Load | None:
         """None if the engine is gone or does not answer in time. A question that is still open is not asked
         again: many scrapes of a stuck engine leave one behind, not many."""
         if self._asked is None or self._asked.done():

@@ -185,10 +185,10 @@ def _pages(metrics: Metrics, service: InferenceService, loads: LoadReader) -> Pa
     """What the metrics' port answers."""
 
     async def everything(accept: str) -> Page:
-        load = await loads.read()
+        seen = await loads.read()
         ready = service.admission is Admission.OPEN
         content_type, text = metrics.render(
-            load, ready=ready, open_streams=service.open_streams, accept=accept
+            seen, ready=ready, open_streams=service.open_streams, accept=accept
         )
         return Page(text, content_type)
 

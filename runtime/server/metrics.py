@@ -15,9 +15,9 @@ from importlib import metadata
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import choose_encoder
 
-from runtime.server.engine_metrics import EngineCollector
+from runtime.server.engine_metrics import EngineCollector, Seen
 from runtime.server.reply import Piece
-from runtime.types import EngineInfo, FinishReason, Load
+from runtime.types import EngineInfo, FinishReason
 from tramontane.v1 import inference_service_pb2
 
 _SERVICE = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"]
@@ -114,12 +114,10 @@ class Metrics:
         `resumed`: it brings tokens that it goes on after."""
         return StreamMeter(self, replies, resumed)
 
-    def render(
-        self, load: Load | None, *, ready: bool, open_streams: int, accept: str = ""
-    ) -> tuple[str, bytes]:
+    def render(self, seen: Seen, *, ready: bool, open_streams: int, accept: str = "") -> tuple[str, bytes]:
         """Content type and text of everything: OpenMetrics where an Accept header names it, else Prometheus'
-        own text form. `load`: None if the engine did not answer."""
-        self._engine.load = load
+        own text form."""
+        self._engine.seen = seen
         self._ready.set(ready)
         self._open_streams.set(open_streams)
         form = _OPENMETRICS if _OPENMETRICS in accept else ""  # the rest of the header can be anything

@@ -124,6 +124,16 @@ class Replicas:
         while there != any(seat.client for seat in self._seats):
             await self._changed.wait()
 
+    @property
+    def places(self) -> int:
+        """How many replicas there are when none is lost."""
+        return len(self._seats)
+
+    @property
+    def there(self) -> int:
+        """How many replicas there are now."""
+        return sum(seat.client is not None for seat in self._seats)
+
     def _change(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import promql_parser
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.server.engine_metrics import Seen
 from runtime.server.metrics import Metrics
 from runtime.types import EngineInfo, Load
 
@@ -26,8 +27,8 @@ class Known:
 @functools.cache
 def known() -> dict[str, Known]:
     info = EngineInfo("model", "numerics", 2048, 32000, 1, 8, 64, 100, 8)
-    load = Load(*range(12))
-    _, text = Metrics(info).render(load, ready=True, open_streams=0)
+    seen = Seen(Load(*range(12)))
+    _, text = Metrics(info).render(seen, ready=True, open_streams=0)
     found: dict[str, Known] = {}
     for family in text_string_to_metric_families(text.decode()):
         for sample in family.samples:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import QueueFull, Unavailable
-from runtime.server.engine_metrics import LoadReader
+from runtime.server.engine_metrics import LoadReader, Seen
 from runtime.server.metrics import METHODS, Metrics
+from runtime.server.replicas import Replicas
 from runtime.server.reply import Final, Piece
 from runtime.types import FinishReason
 from tests.server.harness import Running, ask, refusal, serving
@@ -226,24 +227,52 @@ def test_a_dead_engine_leaves_the_servers_own_metrics(kind):
     seen = watched(kind(b"abc"), visit)
     assert seen("tramontane_engine_up") == 0
     assert seen("tramontane_completion_tokens_total") == 3
+    assert (seen("tramontane_replicas"), seen("tramontane_replicas_up")) == (1, 0)
     assert {name for name in seen.names if name.startswith("tramontane_engine")} == {
         "tramontane_engine_up",
         "tramontane_engine_max_sequences",
     }
 
 
+def test_lost_replicas_and_what_moved_are_counted():
+    async def go():
+        engines = [ScriptedEngine(b"a" * 50, pace=0.005) for _ in range(2)]
+        info = await engines[0].info()
+        client = Replicas([info, info], returning=False)
+        for index, engine in enumerate(engines):
+            client.put(index, engine, info)
+        async with serving(client, metrics_port=0) as running:
+            port = running.server.metrics_port
+            before = await scrape(port)
+            call = aiter(running.stub.Generate(ask()))
+            await anext(call)
+            (busy,) = [index for index, engine in enumerate(engines) if engine.running]
+            engines[busy].dies = 5
+            await read(call)
+            client.lose(busy, "it is gone")
+            return before, await scrape(port)
+
+    before, after = asyncio.run(go())
+    names = ("tramontane_replicas", "tramontane_replicas_up", "tramontane_moved_requests_total")
+    assert [before(name) for name in names] == [2, 2, 0]
+    assert [after(name) for name in names] == [2, 1, 1]
+    assert before("tramontane_engine_kv_blocks") == 2 * after("tramontane_engine_kv_blocks") == 128
+    assert after("tramontane_completion_tokens_total") == 50
+
+
 def test_a_stuck_engine_is_asked_once_until_it_answers():
     async def go():
         engine = Stuck()
         reader = LoadReader(engine, patience=0.02)
-        assert await asyncio.gather(*(reader.read() for _ in range(3))) == [None] * 3
-        assert await reader.read() is None
+        nothing = Seen(None, replicas_up=0)
+        assert await asyncio.gather(*(reader.read() for _ in range(3))) == [nothing] * 3
+        assert await reader.read() == nothing
         assert engine.asked == 1
         reader._asked.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await reader._asked
         engine.load = ScriptedEngine().load
-        assert (await reader.read()).total_blocks == 64
+        assert (await reader.read()).load.total_blocks == 64
 
     asyncio.run(go())
 
@@ -275,9 +304,9 @@ def test_every_label_is_one_of_a_few():
 @pytest.mark.parametrize("path", ["/any.Service/Generate", "/tramontane.v1.InferenceService/Steal", "", "/"])
 def test_other_services_and_methods_are_not_counted(path):
     metrics = Metrics(info_for(PieceTokenizer()))
-    before = metrics.render(None, ready=True, open_streams=0)
+    before = metrics.render(Seen(None), ready=True, open_streams=0)
     metrics.call(path)("OK")
-    assert metrics.render(None, ready=True, open_streams=0) == before
+    assert metrics.render(Seen(None), ready=True, open_streams=0) == before
 
 
 def test_servers_of_one_process_count_apart():
@@ -334,7 +363,7 @@ def test_sums_hold_for_any_order_of_pieces(script, reason):
             begun.setdefault(choice, now)
     meter.cut_off(reason)
     meter.cut_off(reason)
-    seen = parse(metrics.render(None, ready=False, open_streams=0)[1].decode())
+    seen = parse(metrics.render(Seen(None), ready=False, open_streams=0)[1].decode())
     assert seen("tramontane_completion_tokens_total") == tokens
     assert seen("tramontane_replies_total", reason="stop") == len(ended)
     assert seen("tramontane_replies_total", reason=reason.value) == len(begun.keys() - ended)
