@@ -109,3 +109,39 @@ def replies_of_ranks(model: OpenModel, tp: int, prompts: Sequence[Sequence[int]]
     if failed:
         raise failed[0]
     return found[0]
+
+
+def guessed_replies(
+    run: GpuRunner, prompts: Sequence[Sequence[int]], want: Sequence[Reply], params: SamplingParams
+) -> list[Reply]:
+    """As `replies`, each step with guesses at what follows, of which the second or the third is wrong, by
+    turns; `want` are the replies."""
+    length = len(want[0])
+    most = -(-(max(map(len, prompts)) + length) // BLOCK)
+    done: list[list[SampledToken]] = [[] for _ in prompts]
+    step = 0
+    while any(len(tokens) < length for tokens in done):
+        chunks, starts = [], []
+        for slot, prompt in enumerate(prompts):
+            known = len(done[slot])
+            if known == length:
+                continue
+            if known == 0:
+                starts.append(SequenceStart(slot, tuple(prompt), len(prompt), params, ()))
+                blocks = tuple(range(slot * most, (slot + 1) * most))
+                chunks.append(Chunk(slot, 0, len(prompt), blocks, True))
+                continue
+            guesses = [token for token, _, _ in want[slot][known : length - 1]]
+            wrong = 1 + (slot + step) % 2
+            if len(guesses) > wrong:
+                guesses[wrong] ^= 1
+            start = len(prompt) + known - 1
+            chunks.append(Chunk(slot, start, 1, (), True, drafts=tuple(guesses)))
+        result = run.execute(StepPlan(step, (), tuple(starts), tuple(chunks)))
+        for token in result.tokens:
+            done[token.slot].append(token)
+        for chunk in chunks:
+            assert chunk.slot in {token.slot for token in result.tokens}
+        step += 1
+    assert step < length, "no guess was right"
+    return [tuple((t.token, t.logprob, t.top) for t in tokens) for tokens in done]

@@ -16,7 +16,7 @@ from runtime.sampling.sampler import SamplerState, sample
 from runtime.types import Chunk, SamplingParams, SequenceStart, StepPlan
 from tests.gpu.device import ON_GPU
 from tests.gpu.folder import write_folder
-from tests.gpu.play import opened, replies, replies_of_ranks, runner
+from tests.gpu.play import guessed_replies, opened, replies, replies_of_ranks, runner
 
 PROMPTS = ((5, 9, 33, 7, 1), (2, 60, 11), tuple(range(3, 20)))
 TYPES = {"*": "Q4_0", "attn_v": "Q8_0", "ffn_down": "Q5_0", "token_embd": "Q4_1", "output": "Q8_0"}
@@ -75,6 +75,20 @@ def test_sampled_like_the_host(model) -> None:
         assert [p for _, p, _ in reply] == pytest.approx(logprobs, abs=1e-5)
 
 
+def test_guesses(model, monkeypatch) -> None:
+    """Rows of guesses, right and wrong, yield what single tokens do; padded as for a captured step."""
+    params = SamplingParams(
+        temperature=0.8, seed=3, repetition_penalty=1.3, presence_penalty=0.2, logprobs=1, max_tokens=4
+    )
+    run = opened(model)
+    want = replies(runner(run, 64, 3), PROMPTS, 4, params=params)
+    made = runner(run, 64, 3)
+    if not ON_GPU:
+        made._graphs = True
+        monkeypatch.setattr(made, "_capture", lambda batch: Replayed(made.forward, batch))
+    assert guessed_replies(made, PROMPTS, want, params) == want
+
+
 def test_scores(model) -> None:
     """A prompt's tokens get the same scores in chunks."""
     prompt, params = PROMPTS[2], SamplingParams(temperature=0.0, logprobs=1)
@@ -92,6 +106,17 @@ def test_scores(model) -> None:
     assert tuple(parts) == tuple(whole)
 
 
+class Replayed:
+    """What a CUDA graph does, step by step: it computes from the tensors it was captured with."""
+
+    def __init__(self, forward, batch):
+        self.batch, self.graph, self._forward = batch, self, forward
+        self.logits = forward.logits(batch)
+
+    def replay(self) -> None:
+        self.logits.copy_(self._forward.logits(self.batch))
+
+
 class _HostSampler:
     """Chooses by the device, and beside it by the host."""
 
@@ -101,6 +126,10 @@ class _HostSampler:
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.logprobs: list[list[float]] = [[] for _ in prompts]
         self.start = inner.start
+
+    def sample_ahead(self, logits, slots, positions, drafts):
+        assert not any(drafts)
+        return self.sample(logits, slots, positions)[:, None]
 
     def sample(self, logits, slots, positions):
         for choice, slot in zip(

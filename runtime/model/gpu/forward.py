@@ -40,6 +40,7 @@ class GpuBatch:
     context_len: torch.Tensor  # [B]: positions after this step
     sampled: torch.Tensor  # [S]: rows whose logits are wanted
     longest: int  # rows of the longest sequence
+    split_rows: int = 1  # rows up to which a sequence's attention is shared out over many programs
 
 
 class GpuForward:
@@ -77,7 +78,9 @@ class GpuForward:
         h, q = new(m, spec.hidden), new(m, self.heads, spec.head_dim)
         attended, inner = new(m, self.heads, spec.head_dim), new(m, self.ffn)
         capacity = batch.block_table.shape[1] * self.cache.shape[4]
-        scratch = workspace_floats(batch.block_table.shape[0], self.heads, spec.head_dim, capacity)
+        scratch = workspace_floats(
+            batch.block_table.shape[0], self.heads, spec.head_dim, capacity, split_rows=batch.split_rows
+        )
         workspace = new(scratch, dtype=torch.float32)
         partials = None
         for layer, cache in zip(shard.layers, self.cache, strict=True):
@@ -89,6 +92,7 @@ class GpuForward:
             paged_attention(
                 q, cache, batch.block_table, batch.query_start, batch.context_len, attended, workspace,
                 scale=spec.head_dim**-0.5, window=spec.sliding_window, longest=batch.longest,
+                split_rows=batch.split_rows,
             )  # fmt: skip
             partials = self._product(attended.view(m, -1), layer.attention_output, self.sum_attention)
             add_norm(residual, partials, layer.ffn_norm, spec.norm_eps, h)

@@ -7,7 +7,9 @@ off the logits by the host, where a request asks, as those of given tokens are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
+from itertools import accumulate
 
 import torch
 
@@ -15,6 +17,7 @@ from kernels.gpu.penalties import Penalties, adjust, remember
 from kernels.gpu.sampling import Settings, Workspace, sample
 from runtime.types import SamplingParams, SequenceStart
 
+CLOSED = -2  # in place of a token: a guess before it was wrong
 _ROWS, _ENTRIES, _STOPS = 64, 64, 8  # of the table to begin with; each doubles as needed
 
 
@@ -66,9 +69,48 @@ class DeviceSampler:
         self._table.frequency[start.slot] = params.frequency_penalty
         self._table.missing[start.slot] = missing
 
-    def sample(self, logits: torch.Tensor, slots: list[int], positions: list[int]) -> torch.Tensor:
+    def sample_ahead(
+        self,
+        logits: torch.Tensor,
+        slots: list[int],
+        positions: list[int],
+        drafts: Sequence[tuple[int, ...]],
+    ) -> torch.Tensor:
+        """Tokens int32 [M, 1 + longest of drafts] for M sequences, whose 1 + len(drafts[i]) rows of logits
+        fp32 saw so many more of the guesses: the one at positions[i], and one more for each guess that was
+        right before the first wrong one. CLOSED where there is none; -1 as for `sample`."""
+        most = max(map(len, drafts), default=0)
+        if most == 0:
+            return self.sample(logits, slots, positions)[:, None]
+        first = list(accumulate((1 + len(guesses) for guesses in drafts), initial=0))
+        found = torch.full((len(slots), 1 + most), CLOSED, dtype=torch.int32, device=self._device)
+        guessed = torch.tensor(
+            [[*guesses, *([CLOSED] * (most - len(guesses)))] for guesses in drafts], dtype=torch.int32
+        ).to(self._device, non_blocking=True)
+        open_ = None  # which of the sequences still to go have had their guesses right
+        going = list(range(len(slots)))
+        for ahead in range(1 + most):
+            at = torch.tensor(going).to(self._device, non_blocking=True)
+            if ahead:
+                before = found.index_select(0, at)[:, ahead - 1]
+                open_ = before == guessed.index_select(0, at)[:, ahead - 1]
+            rows = torch.tensor([first[i] + ahead for i in going]).to(self._device, non_blocking=True)
+            places = [positions[i] + ahead for i in going]
+            tokens = self.sample(logits.index_select(0, rows), [slots[i] for i in going], places, open_)
+            found[:, ahead].index_copy_(0, at, tokens)
+            going = [i for i in going if len(drafts[i]) > ahead]
+        return found
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        slots: list[int],
+        positions: list[int],
+        open_: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Tokens int32 [M] for rows of logits fp32 [M, V] of `slots`, to stand at `positions`; each becomes
-        its slot's newest. A token of -1: the row held no number to choose by."""
+        its slot's newest. A token of -1: the row held no number to choose by. Rows outside `open_` (bool [M],
+        None for all) choose nothing: CLOSED."""
         chosen = [self._params[slot] for slot in slots]
         if len(slots) > len(self._workspace.peaks):
             self._workspace = Workspace.make(1 << len(slots).bit_length(), self._vocab, self._device)
@@ -90,13 +132,18 @@ class DeviceSampler:
         touched = any(touched for _, _, touched in chosen)
         if touched:
             states = column([s if t else -1 for s, (_, _, t) in zip(slots, chosen, strict=True)], torch.int64)
+            if open_ is not None:
+                states = torch.where(open_, states, -1)
             logits = logits.clone()
             adjust(logits, self._table, states)
         sample(logits, settings, self._workspace, tokens)
         if touched:
             remember(tokens, self._table, states)
-        self.last.index_copy_(0, at, tokens)
-        return tokens
+        if open_ is None:
+            self.last.index_copy_(0, at, tokens)
+            return tokens
+        self.last.index_copy_(0, at, torch.where(open_, tokens, self.last.index_select(0, at)))
+        return torch.where(open_, tokens, CLOSED)
 
     def _grow(self, rows: int, entries: int, stops: int) -> None:
         """Make the table hold as much, keeping what it holds."""
