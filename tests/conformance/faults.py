@@ -11,6 +11,7 @@ import torch
 
 from kernels.linear import Fp32Weight, linear
 from runtime.model import forward, runner
+from runtime.model.pipe import ThreadPipe
 from runtime.model.reduce import UnitSum
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -62,18 +63,28 @@ def plant_tree_of_the_degree(patch: pytest.MonkeyPatch) -> None:
 def plant_seed_by_step(patch: pytest.MonkeyPatch) -> None:
     """Noise keyed by the number of the step in place of the token's position."""
     here = threading.local()  # ranks are threads
-    execute, sample = runner.Runner.execute, runner.sample
+    conclude, sample = runner.Runner._conclude, runner.sample_ahead
 
-    def remember(self, plan):
-        here.step = plan.step
-        return execute(self, plan)
+    def remember(self, step, *rest):
+        here.step = step
+        return conclude(self, step, *rest)
 
-    patch.setattr(runner.Runner, "execute", remember)
-    patch.setattr(runner, "sample", lambda logits, states, at: sample(logits, states, [here.step] * len(at)))
+    def by_step(logits, states, at, drafts):
+        return sample(logits, states, [here.step] * len(at), drafts)
+
+    patch.setattr(runner.Runner, "_conclude", remember)
+    patch.setattr(runner, "sample_ahead", by_step)
+
+
+def plant_rounded_stages(patch: pytest.MonkeyPatch) -> None:
+    """The residual stream in half the bytes from stage to stage, as engines send it that keep it so."""
+    send = ThreadPipe.send
+    patch.setattr(ThreadPipe, "send", lambda self, x: send(self, x.bfloat16().float()))
 
 
 FAULTS: dict[str, Plant] = {
     "a matmul that depends on the batch": plant_batch_dependent_matmul,
     "a tree that depends on the degree": plant_tree_of_the_degree,
     "a seed keyed by the step": plant_seed_by_step,
+    "a residual rounded between stages": plant_rounded_stages,
 }
