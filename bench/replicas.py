@@ -3,11 +3,11 @@
     python bench/replicas.py MODEL.gguf --rounds 7 > replicas.json
     python bench/replicas.py MODEL.gguf --quick                       seconds: shows that it works, no figures
 
-All replicas are up all the time, as Ray actors with threads of their own; the client of "one" is given the first
-alone. One and all take turns, in an order that changes from round to round, and every replica gets as many streams
-as the one has. Where each has cores to itself, all together should answer as many times more; where they share
-them, what can be asked is that a token costs no more: CPU seconds are counted of the ranks, of the engines, and of
-this process, which routes and reads. JSON on standard output, a table on standard error.
+All replicas are up all the time, as Ray actors with threads of their own; the client of "one" is given the
+first alone. One and all take turns, in an order that changes from round to round, and every replica gets as
+many streams as the one has. Where each has cores to itself, all together should answer as many times more;
+where they share them, what can be asked is that a token costs no more: CPU seconds are counted of the ranks, of
+the engines, and of this process, which routes and reads. JSON on standard output, a table on standard error.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ async def measure(made: list[Cluster], sizes: Sizes, rounds: int) -> dict[str, l
     """By number of replicas; one round more warms up."""
     ranks = [pid for each in made for pid in each.rank_pids]
     engines = engine_pids()
-    runs: dict[str, list[Run]] = {}
+    runs: dict[str, list[Run]] = {"1": [], str(len(made)): []}
     async with AsyncExitStack() as stack:
         channels = []
         for each in made:
@@ -123,7 +123,7 @@ async def measure(made: list[Cluster], sizes: Sizes, rounds: int) -> dict[str, l
                     raise SystemExit(f"{tokens} tokens came of {len(requests)} replies of {sizes.reply}")
                 costs = [1000 * (b - a) / tokens for a, b in zip(before, after, strict=True)]
                 if number:
-                    runs.setdefault(str(count), []).append(Run(tokens / seconds, *costs))
+                    runs[str(count)].append(Run(tokens / seconds, *costs))
             print(f"round {number} of {rounds}", file=sys.stderr)
     return runs
 

@@ -55,6 +55,14 @@ def test_speculation(monkeypatch, capsys, tiny):
     assert all(case["gain"] > 0 and case["reply_tokens"] > 0 for case in result["cases"].values())
 
 
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_replicas(monkeypatch, capsys, local_ray, tiny):
+    result = run(monkeypatch, capsys, "replicas", str(tiny), "--quick")
+    assert list(result["replicas"]) == ["1", "2"] and result["throughput_ratio"] > 0
+    assert all(of["tokens_per_s"] > 0 for of in result["replicas"].values())
+
+
 def test_copied_tokens_are_those_in_runs_of_eight():
     prompt = list(range(100))
     assert copied(prompt, [7, *range(20, 30), 7, 7, *range(50, 57), 7]) == 10
