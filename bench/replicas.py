@@ -6,7 +6,7 @@
 All replicas are up all the time, as Ray actors with threads of their own; the client of "one" is given the
 first alone. One and all take turns, in an order that changes from round to round, and every replica gets as
 many streams as the one has. Where each has cores to itself, all together should answer as many times more;
-where they share them, what can be asked is that a token costs no more: CPU seconds are counted of the ranks, of
+where they share them, a token should cost no more: CPU seconds are counted of the ranks, of
 the engines, and of this process, which routes and reads. JSON on standard output, a table on standard error.
 """
 
