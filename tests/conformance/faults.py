@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -82,9 +83,30 @@ def plant_rounded_stages(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ThreadPipe, "send", lambda self, x: send(self, x.bfloat16().float()))
 
 
+def plant_credulity(patch: pytest.MonkeyPatch) -> None:
+    """A guess stands where it is more likely than most tokens, as it would under a looser check."""
+
+    def believe(logits, states, at, drafts):
+        found = sample_ahead(logits, states, at, drafts)
+        first = 0
+        for guesses, choices in zip(drafts, found, strict=True):
+            last = choices[-1]
+            if len(choices) <= len(guesses):
+                guess = guesses[len(choices) - 1]
+                row = logits[first + len(choices) - 1]
+                if row[guess] > row.mean():
+                    choices[-1] = replace(last, token=guess)
+            first += 1 + len(guesses)
+        return found
+
+    sample_ahead = runner.sample_ahead
+    patch.setattr(runner, "sample_ahead", believe)
+
+
 FAULTS: dict[str, Plant] = {
     "a matmul that depends on the batch": plant_batch_dependent_matmul,
     "a tree that depends on the degree": plant_tree_of_the_degree,
     "a seed keyed by the step": plant_seed_by_step,
+    "a guess that stands for being likely": plant_credulity,
     "a residual rounded between stages": plant_rounded_stages,
 }

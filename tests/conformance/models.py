@@ -7,7 +7,7 @@ and a way makes only runners (KV cache, state) over them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from runtime.capacity import kv_blocks
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.local import LocalClient, LocalRanks, local_runners
 from runtime.loop import EngineLoop
+from runtime.model.drafter import Ask, Drafter
 from runtime.model.header import open_model
 from runtime.model.load import engine_info, load_shard
 from runtime.model.runners import StepRunner
@@ -107,12 +108,23 @@ class Model:
         """The settings as an engine would take them: block size checked, context filled in."""
         return kv_blocks(self.opened, config, ParallelConfig(tp=tp, pp=pp, device="cpu"), self.context)
 
-    def runners(self, config: EngineConfig, tp: int, pp: int = 1) -> list[StepRunner]:
-        return local_runners(self.shards(tp, pp), tp, config, self.context)
+    def runners(self, config: EngineConfig, tp: int, pp: int = 1, draft: str = "") -> list[StepRunner]:
+        """draft: "" for none; "right", the model itself, whose guesses all stand; "doubtful", the same with
+        every third or so guess replaced."""
+        shards = self.shards(tp, pp)
+        made = local_runners(shards, tp, config, self.context, shards if draft else None)
+        if draft == "doubtful":
+            for runner in made:
+                runner._drafter = Doubtful(runner._drafter, self.opened.spec.vocab)
+        return made
 
     @contextmanager
-    def serving(self, *, tp: int = 1, pp: int = 1, threads: int = 1, **settings) -> Iterator[Serving]:
+    def serving(
+        self, *, tp: int = 1, pp: int = 1, threads: int = 1, draft: str = "", **settings
+    ) -> Iterator[Serving]:
         """An engine at work in this process, as `LocalEngine` puts it together."""
+        if draft:
+            settings["draft_cost"] = 0.0  # guesses are tried as long as a third of them is right
         config = EngineConfig(**settings)
         if not config.total_blocks:  # room for 16 full contexts, not the machine's memory
             blocks = -(-self.context // config.block_size) * 16
@@ -120,7 +132,7 @@ class Model:
         config = self.settle(config, tp, pp)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        loop = EngineLoop(config, LocalRanks(self.runners(config, tp, pp)), self.opened.spec.vocab)
+        loop = EngineLoop(config, LocalRanks(self.runners(config, tp, pp, draft)), self.opened.spec.vocab)
         loop.start()
         try:
             info = engine_info(self.opened, self.config, config, tp, pp=pp)
@@ -128,6 +140,24 @@ class Model:
         finally:
             loop.close()
             torch.set_num_threads(before)
+
+
+class Doubtful:
+    """A drafter whose guesses are at times replaced, on every rank by the same."""
+
+    def __init__(self, drafter: Drafter, vocab: int):
+        self._drafter = drafter
+        self._vocab = vocab
+        self.written, self.follow = drafter.written, drafter.follow
+
+    def guess(self, asks: Sequence[Ask]) -> list[list[int]]:
+        return [
+            [
+                token if (token + len(ask.tokens) + ahead) % 3 else (token + 1) % self._vocab
+                for ahead, token in enumerate(tokens)
+            ]
+            for ask, tokens in zip(asks, self._drafter.guess(asks), strict=True)
+        ]
 
 
 class Serving:

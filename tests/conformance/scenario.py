@@ -47,6 +47,8 @@ class Scenario:
     max_step_tokens: int = 512
     max_chunk: int | None = None
     prefix_cache: bool = True
+    draft_tokens: int = 8
+    draft: str = ""  # as in `Model.runners`
     steps_in_flight: int = 2
     crowd: int = 0
     arrivals: tuple[Arrival, ...] = ()
@@ -82,8 +84,10 @@ class Play:
                     "max_step_tokens",
                     "max_chunk",
                     "prefix_cache",
+                    "draft_tokens",
                 )
-            }
+            },
+            draft_cost=0.0 if scenario.draft else None,
         )
         self._config = model.settle(config, scenario.tp, scenario.pp)
         self._engine = Engine(self._config, scenario.steps_in_flight)
@@ -91,7 +95,8 @@ class Play:
 
     def run(self) -> Tally:
         results: queue.SimpleQueue[StepResult | str] = queue.SimpleQueue()
-        ranks = LocalRanks(self.model.runners(self._config, self.scenario.tp, self.scenario.pp))
+        scenario = self.scenario
+        ranks = LocalRanks(self.model.runners(self._config, scenario.tp, scenario.pp, scenario.draft))
         ranks.start(results.put, results.put)
         try:
             self._drive(ranks, results)
@@ -107,6 +112,8 @@ class Play:
         self.tally.note("preemptions", load.preemptions)
         self.tally.note("tokens found in the prefix cache", load.prefix_hit_tokens)
         self.tally.note("blocks evicted from it", self._evicted)
+        self.tally.note("guesses that were right", load.accepted_tokens)
+        self.tally.note("guesses that were wrong", load.drafted_tokens - load.accepted_tokens)
         return self.tally
 
     def _drive(self, ranks: LocalRanks, results: queue.SimpleQueue) -> None:
@@ -197,8 +204,12 @@ class Play:
 
 
 def describe(plan: StepPlan) -> str:
-    """A plan in one line: who ends, who starts, and which positions run."""
-    parts = [f"{c.slot}:{c.start}..{c.start + c.length - 1}{'*' if c.samples else ''}" for c in plan.chunks]
+    """A plan in one line: who ends, who starts, which positions run, and how many guesses."""
+    parts = [
+        f"{c.slot}:{c.start}..{c.start + c.length - 1}{'*' if c.samples else ''}"
+        + (f"+{len(c.drafts) + c.guesses}" if c.drafts or c.guesses else "")
+        for c in plan.chunks
+    ]
     ends = f" end {','.join(map(str, plan.ends))}" if plan.ends else ""
     starts = f" start {','.join(f'{s.slot}({len(s.tokens)})' for s in plan.starts)}" if plan.starts else ""
     return f"plan {plan.step}:{ends}{starts} run {' '.join(parts)}"

@@ -60,15 +60,18 @@ def scenarios(model: Model) -> st.SearchStrategy[Scenario]:
         begun = sum(-(-len(r.prompt) // block) for r in asked)
         rooms = [begun, begun + 1, begun // 2, 0] if tight else [64 * model.context // block, begun]
         rooms += [] if crowd else [0]
+        draft = draw(st.sampled_from(["", "", "right", "doubtful"]))
         return Scenario(
             tp=draw(st.sampled_from(ranks)),
-            pp=draw(st.sampled_from([1, 1, 1, 2])),
+            pp=1 if draft else draw(st.sampled_from([1, 1, 2])),
             block_size=block,
             total_blocks=max(largest, draw(st.sampled_from(rooms))),
             max_num_seqs=64 if tight else draw(st.sampled_from([64, 8, 3, 2])),
             max_step_tokens=draw(st.sampled_from([512, 256, 100, 40])),
             max_chunk=draw(st.none() | st.integers(8, 100)),
             prefix_cache=draw(st.sampled_from([True, True, False])),
+            draft_tokens=draw(st.sampled_from([8, 8, 3, 0])),
+            draft=draft,
             steps_in_flight=draw(st.sampled_from([2, 1, 3])),
             crowd=crowd,
             arrivals=tuple(coming),

@@ -47,7 +47,10 @@ def test_every_way(models, name):
         tally.take(run_way(model, way, SEED))
     tally.take(run_gateway(model))
     none_differ(tally)
-    for met in ("preemptions", "tokens found in the prefix cache", "stop strings found", "replies resumed"):
+    for met in (
+        *("preemptions", "tokens found in the prefix cache", "stop strings found", "replies resumed"),
+        *("guesses that were right", "guesses that were wrong"),
+    ):
         assert tally.seen[met] > 0, met
 
 
@@ -58,7 +61,7 @@ def test_random_scenarios(models, name):
     assert tally.seen["scenarios"] == SCENARIOS[name]
     if name == "mixed-u3":  # enough of them to meet everything
         missed = [met for met, times in tally.seen.items() if not times]
-        assert not missed and len(tally.seen) == 8, (missed, tally.seen)
+        assert not missed and len(tally.seen) == 10, (missed, tally.seen)
 
 
 @pytest.mark.cluster

@@ -13,7 +13,10 @@ from tests.conformance.models import CONTEXT, TINY, Model
 from tests.conformance.search import search
 from tests.conformance.ways import run_way, ways
 
-NAMED = ("in batches of 8", "2 ranks", "2 stages", "chunks of 16", "prefix cache, cold and warm")
+NAMED = (
+    *("in batches of 8", "2 ranks", "2 stages", "chunks of 16", "prefix cache, cold and warm"),
+    "2 ranks, guesses that are doubtful",
+)
 
 
 @pytest.fixture

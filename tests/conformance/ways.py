@@ -66,6 +66,14 @@ def ways(model: Model) -> Iterator[Way]:
         ),
         Way("preempted again and again", {"block_size": 4, "total_blocks": tight}, "together", copies=2),
         Way("preempted, in chunks of 5", {"block_size": 4, "total_blocks": tight, "max_chunk": 5}),
+        Way("without guesses", {"draft_tokens": 0}),
+        Way("guesses that are right", {**room, "draft": "right"}),
+        Way("guesses that are doubtful, one after the other", {"draft": "doubtful"}, "in turn"),
+        Way(
+            "guesses that are doubtful, preempted, in chunks of 5",
+            {"draft": "doubtful", "block_size": 4, "total_blocks": tight, "max_chunk": 5},
+            copies=2,
+        ),
         Way("two threads", {"threads": 2}),
         Way("resumed after every number of tokens", room, "resumed"),
         Way("resumed, in a small room", {"block_size": 4, "total_blocks": 2 * tight}, "resumed"),
@@ -98,6 +106,12 @@ def ways(model: Model) -> Iterator[Way]:
             Way("2 stages of all ranks, three choices each", {"pp": 2, "tp": model.units, **room}, "choices"),
             Way("2 stages of 2 ranks, prompts scored beside replies", {"pp": 2, "tp": 2, **room}, "scores"),
             Way("2 ranks, one after the other", {"tp": 2}, "in turn"),
+            Way("2 ranks, guesses that are doubtful", {"tp": 2, "draft": "doubtful", **room}),
+            Way(
+                "all ranks, guesses that are doubtful, resumed",
+                {"tp": model.units, "draft": "doubtful", **room},
+                "resumed",
+            ),
             Way("2 ranks, resumed after every number of tokens", {"tp": 2, **room}, "resumed"),
             Way("all ranks, three choices each", {"tp": model.units, **room}, "choices"),
         ]
@@ -124,6 +138,8 @@ def serve_way(model: Model, way: Way, seed: int, connect: Callable[[], AbstractA
     tally.note("ways", 1)
     tally.note("preemptions", load.preemptions)
     tally.note("tokens found in the prefix cache", load.prefix_hit_tokens)
+    tally.note("guesses that were right", load.accepted_tokens)
+    tally.note("guesses that were wrong", load.drafted_tokens - load.accepted_tokens)
     tally.differences = [f"{way.name}: {line}" for line in tally.differences]
     return tally
 
