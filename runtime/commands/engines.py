@@ -125,7 +125,7 @@ def start_engine(
     def make(build: Callable[[Say], Built], say: Say) -> Built:
         if replicas == 1 and not rebuilds:
             return build(say)
-        return Supervised(build, replicas, rebuilds=rebuilds, say=say)
+        return Supervised(build, replicas, rebuilds=rebuilds, say=say, together=not local)
 
     with ExitStack() as stack:
         if local:

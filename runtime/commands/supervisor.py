@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
 from runtime.commands.output import log_line
-from runtime.errors import TramontaneError
+from runtime.errors import TramontaneError, Unavailable
 from runtime.server.engine_client import EngineClient
 from runtime.server.replicas import Replicas, joint
 from runtime.types import EngineInfo
@@ -23,6 +23,8 @@ from runtime.types import EngineInfo
 STEADY_SECONDS = 600.0  # a replica that served for so long starts its count of rebuilds anew
 FIRST_WAIT = 1.0  # seconds before the second try; doubles from one to the next
 LARGEST_WAIT = 30.0
+BEAT_SECONDS = 1.0  # between questions to an engine whether it is there
+SILENCE_SECONDS = 10.0  # that it may take to answer: a network that is cut says nothing by itself
 STOP_SECONDS = 20.0  # for a replica that is being built to be abandoned
 
 Say = Callable[[str], None]
@@ -56,26 +58,57 @@ class Supervised:
         rebuilds: int,
         say: Say = lambda text: None,
         log: Say = log_line,
+        together: bool = False,
         first_wait: float = FIRST_WAIT,
+        silence: float = SILENCE_SECONDS,
     ):
-        """Builds all replicas, one after another. `build` raises TramontaneError; when a replica is lost, it
-        is called again in a thread, at most `rebuilds` times in a row. `log` hears of losses and rebuilds."""
+        """Builds the first replica, then the others one by one, or all `together`. `build` raises
+        TramontaneError; when a replica is lost, it is called again in a thread, at most `rebuilds` times in a
+        row. `log` hears of losses and rebuilds. `silence`: seconds that an engine may take to answer."""
         self._build = build
         self._rebuilds = rebuilds
         self._log = log
         self._first_wait = first_wait
+        self._silence = silence
         self._stopping = False
         self._threads: list[threading.Thread] = []
         self._tries = [0] * replicas  # rebuilds since it was steady
-        self._engines: list[Built | None] = []
+        self._engines: list[Built | None] = [None] * replicas
         try:
-            for index in range(replicas):
-                named = f"replica {index}: " if replicas > 1 else ""
-                self._engines.append(build(lambda text, named=named: say(named + text)))
+            self._build_first(say, together)
             self.info = joint([engine.info for engine in self._engines])
         except BaseException:
             self.close()
             raise
+
+    def _build_first(self, say: Say, together: bool) -> None:
+        """The first one alone, so that what is wrong with all is said once, and by this thread."""
+        count = len(self._engines)
+        problems: list[BaseException] = []
+
+        def build(index: int) -> None:
+            def told(text: str) -> None:
+                if self._stopping or problems:
+                    raise _Abandoned
+                say(f"replica {index}: {text}" if count > 1 else text)
+
+            try:
+                self._engines[index] = self._build(told)
+            except BaseException as error:
+                problems.append(error)
+
+        for index in range(count):
+            if index and together:
+                self._threads.append(threading.Thread(target=build, args=(index,), daemon=True))
+                self._threads[-1].start()
+            else:
+                build(index)
+            if problems:
+                break
+        for thread in self._threads:
+            thread.join()
+        if problems:
+            raise problems[0]
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Replicas]:
@@ -144,10 +177,11 @@ class Supervised:
         async with engine.connect() as client:
             replicas.put(index, client, engine.info)
             settled.set()
-            # Whichever is first: the ranks' end, or a request that found nobody.
+            # Whichever is first: the ranks' end, a request that found nobody, or silence.
             watches = [
                 asyncio.create_task(engine.lost(client)),
                 asyncio.create_task(replicas.fallen(index)),
+                asyncio.create_task(self._silent(client)),
             ]
             try:
                 done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
@@ -159,6 +193,18 @@ class Supervised:
                     watch.cancel()
                 await asyncio.wait(watches)
                 replicas.lose(index, "the server stops", client)
+
+    async def _silent(self, client: EngineClient) -> str:
+        """Return, with why, when an engine no longer answers."""
+        while True:
+            await asyncio.sleep(min(BEAT_SECONDS, self._silence))
+            try:
+                async with asyncio.timeout(self._silence):
+                    await client.load()
+            except TimeoutError:
+                return f"its engine has not answered for {self._silence:g} s"
+            except Unavailable as error:
+                return str(error)
 
     async def _rebuild(self, index: int, lost_at: float) -> None:
         """Build a replica until it stands or is given up."""

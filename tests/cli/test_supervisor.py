@@ -30,19 +30,28 @@ class Made:
         self.info = info
         self.engine = ScriptedEngine(TEXT, pace=0.005)
         self.closed = False
+        self.mute = False
         self.dead: asyncio.Event | None = None
 
     @asynccontextmanager
     async def connect(self):
         self.dead = asyncio.Event()
         yield self
+        self.dead.set()  # as a channel does: who waits learns that it was closed
 
     async def generate(self, request):
         async with aclosing(self.engine.generate(request)) as outputs:
             async for output in outputs:
+                if self.mute:
+                    await self.dead.wait()
                 if self.dead.is_set():
                     raise Unavailable("it was killed")
                 yield output
+
+    async def load(self):
+        if self.mute:
+            await asyncio.Event().wait()
+        return await self.engine.load()
 
     async def lost(self, client) -> str:
         await self.dead.wait()
@@ -66,11 +75,13 @@ class Yard:
         what = self.plan.pop(0) if self.plan else None
         if isinstance(what, BaseException):
             raise what
-        self.made.append(what or Made())
-        return self.made[-1]
+        made = what or Made()
+        self.made.append(made)
+        return made
 
-    def supervised(self, replicas=1, rebuilds=2) -> Supervised:
-        return Supervised(self, replicas, rebuilds=rebuilds, log=self.log.append, first_wait=0.01)
+    def supervised(self, replicas=1, rebuilds=2, **options) -> Supervised:
+        options = {"log": self.log.append, "first_wait": 0.01} | options
+        return Supervised(self, replicas, rebuilds=rebuilds, **options)
 
 
 def asked(name="r") -> Request:
@@ -184,15 +195,52 @@ def test_one_that_comes_back_another_is_not_used():
     assert all(made.closed for made in yard.made)
 
 
-def test_a_first_build_that_fails_leaves_nothing():
+@pytest.mark.parametrize("together", [False, True])
+def test_a_first_build_that_fails_leaves_nothing(together):
     yard = Yard(None, NotEnough("memory"))
     with pytest.raises(NotEnough, match="memory"):
-        yard.supervised(2)
+        yard.supervised(2, together=together)
     assert [made.closed for made in yard.made] == [True]
     yard = Yard(None, Made(replace(INFO, numerics="other")))
     with pytest.raises(Unavailable, match="do not compute alike"):
-        yard.supervised(2)
+        yard.supervised(2, together=together)
     assert [made.closed for made in yard.made] == [True, True]
+
+
+def test_the_others_are_built_together_and_a_failure_ends_them_all():
+    began, ended = threading.Barrier(2), []
+
+    def build(say):
+        say("loading")
+        if threading.current_thread() is threading.main_thread():
+            return yard(say)
+        if began.wait(5) == 0:
+            raise NotEnough("memory")
+        try:
+            for _ in range(1000):
+                say("loading")
+                time.sleep(0.005)
+        finally:
+            ended.append("told")
+
+    yard = Yard()
+    with pytest.raises(NotEnough, match="memory"):
+        Supervised(build, 3, rebuilds=0, together=True)
+    assert ended == ["told"] and yard.made[0].closed
+
+
+def test_an_engine_that_falls_silent_is_lost():
+    """As when its network is cut: nobody says so."""
+    yard = Yard()
+    engine = yard.supervised(2, silence=0.1)
+
+    async def body(client):
+        yard.made[0].mute = True
+        assert await reply(client) == TEXT[:20]
+        await until(lambda: any("replica 0 serves again" in line for line in yard.log))
+
+    run(engine, body)
+    assert yard.log[0] == "replica 0 is lost: its engine has not answered for 0.1 s"
 
 
 def test_stopping_abandons_a_build():
