@@ -17,7 +17,7 @@ FEWEST_RIGHT = 2  # tokens in a row that must have been foreseen before guesses 
 MOST_RIGHT = 16  # the same once tries have failed again and again
 
 ROW_COST = 0.05  # what one more row costs a step, in steps
-DECAY = 0.9  # weight of what was seen one try ago
+DECAY = 0.8  # weight of what was seen one try ago
 LEAST_GAIN = 1.05  # tokens for the cost of one, below which the draft model is left alone
 FIRST_REST, LONGEST_REST = 16, 512  # tokens until it is tried again
 

@@ -1,12 +1,14 @@
 """Narrated traces: commands to an engine, each followed by what came of it, indented, as people read it.
 
-    engine blocks=8 block=4 seqs=4 step=16 chunk=7   a new engine; also context, waiting, flight, cache
+    engine blocks=8 block=4 seqs=4 step=16 chunk=7   a new engine; also context, waiting, flight, cache,
+                                                     guess (most tokens), draft (its cost) and batches
     at 2.5                                           sets the clock
     add r1 prompt=a10 max=4 stop=7 deadline=9 priority=1 salt=x min=0
     add r1 prompt=a10 n=3                            three choices, r1, r1/1 and r1/2
     add r1 prompt=a10 reply=5,6                      with tokens of the reply; of two choices: reply=5,6/7
     plan                                             asks for the next plan
     result r1=7                                      the oldest plan's result; tokens not given are 900, 901..
+    result r1=7,8                                    where a guess was right, the token after it too
     run                                              plan and result until both have nothing more
     add r1 prompt=a10 scores=yes                     scores of the prompt, no reply
     abort r1 keep=2                                  with keep: as the gateway does on a stop string
@@ -46,6 +48,8 @@ _SETTINGS = {
     "chunk": "max_chunk",
     "context": "max_model_len",
     "waiting": "max_waiting",
+    "guess": "draft_tokens",
+    "batches": "microbatches",
 }
 
 
@@ -84,8 +88,9 @@ class Narrator:
         self.engine.check()
         return said
 
-    def _engine(self, flight: str = "2", cache: str = "on", **options: str) -> list[str]:
+    def _engine(self, flight: str = "2", cache: str = "on", draft: str = "", **options: str) -> list[str]:
         settings = {_SETTINGS[name]: int(value) for name, value in options.items()}
+        settings["draft_cost"] = float(draft) if draft else None
         self.engine = Engine(EngineConfig(prefix_cache=cache == "on", **settings), int(flight))
         self.now = 0.0
         self.slots: dict[int, str] = {}
@@ -144,7 +149,9 @@ class Narrator:
             run = f"{chunk.start}..{end - 1}" if chunk.length > 1 else f"{chunk.start}"
             blocks = f", blocks {' '.join(map(str, chunk.new_blocks))}" if chunk.new_blocks else ""
             samples = f" -> {end}" if chunk.samples else " scored" if chunk.scores else ""
-            said.append(f"{self.slots[chunk.slot]}: {run}{samples}{blocks}")
+            guess = f", guessing {' '.join(map(str, chunk.drafts))}" if chunk.drafts else ""
+            guess += f", {chunk.guesses} guesses of the draft model" if chunk.guesses else ""
+            said.append(f"{self.slots[chunk.slot]}: {run}{samples}{guess}{blocks}")
         samplers = [(chunk.slot, self.slots[chunk.slot]) for chunk in plan.chunks if chunk.samples]
         scores = tuple((TokenScore(-1.0),) * chunk.length for chunk in plan.chunks if chunk.scores)
         self.in_flight.append((plan.step, samplers, scores))
@@ -161,9 +168,9 @@ class Narrator:
         step, samplers, scores = self.in_flight.popleft()
         tokens = []
         for slot, name in samplers:
-            token = int(given.pop(name, 900 + self.sampled[name]))
-            self.sampled[name] += 1
-            tokens.append(SampledToken(slot, token))
+            for token in given.pop(name, str(900 + self.sampled[name])).split(","):
+                self.sampled[name] += 1
+                tokens.append(SampledToken(slot, int(token)))
         assert not given, f"step {step} did not sample for {list(given)}"
         result = StepResult(step, tuple(tokens), scores)
         return [f"of step {step}", *self._outputs(self.engine.step_finished(result, self.now))]
@@ -199,6 +206,7 @@ class Narrator:
             f"{load.preemptions} preempted",
             f"{load.free_blocks} of {load.total_blocks} blocks free, {load.cached_blocks} of them cached; "
             f"{load.prefix_hit_tokens} of {load.prefix_query_tokens} prompt tokens found",
+            *([f"{load.accepted_tokens} of {load.drafted_tokens} guesses right"] * bool(load.drafted_tokens)),
         ]
 
     def _outputs(self, outputs: list[Output]) -> list[str]:
