@@ -115,7 +115,7 @@ class Cluster:
         if ray.is_initialized():
             if self._engine is not None:
                 with contextlib.suppress(ray.exceptions.RayError):  # gone already is what was wanted
-                    ray.get(self._engine.stop.remote(), timeout=5)
+                    ray.get(self._engine.stop.remote(), timeout=2)
                     if self._runs:  # ranks that leave by themselves take their files along
                         ray.wait(self._runs, num_returns=len(self._runs), timeout=2)
             for actor in [*self._ranks, self._engine]:

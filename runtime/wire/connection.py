@@ -13,13 +13,31 @@ from runtime.wire.messages import PROTOCOL, Hello, WireError, decode, encode
 
 LENGTH = struct.Struct("<I")
 MAX_FRAME = 64 << 20  # bytes; a 128k-token prompt takes less than one
+LOST_SECONDS = 4
 HELLO_SECONDS = 10.0  # a stranger may hold a connection no longer
 HELLO_BYTES = 4096  # nor announce a larger first message
 
 
+def prepare(sock: socket.socket) -> None:
+    """Set a connected socket up: what is written goes out at once, and who waits on it gets an error within
+    LOST_SECONDS after the other host has vanished, where the kernel offers that."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": LOST_SECONDS - 1}.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def give_up_on_writes(sock: socket.socket) -> None:
+    """The same for what was written and nobody has acknowledged. Not for ends that may stop reading for
+    seconds, as ranks do while they compute: those would be taken for lost."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST_SECONDS * 1000)
+
+
 class Connection:
     def __init__(self, sock: socket.socket):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        prepare(sock)
         self._sock = sock
         self._lock = threading.Lock()
 

@@ -21,7 +21,7 @@ from runtime.types import (
     ScoreOutput,
     TokenOutput,
 )
-from runtime.wire.connection import LENGTH, MAX_FRAME, Connection
+from runtime.wire.connection import LENGTH, MAX_FRAME, Connection, give_up_on_writes, prepare
 from runtime.wire.messages import (
     Abort,
     Hello,
@@ -117,6 +117,9 @@ class EngineChannel:
         """Raises Unavailable if nobody answers or the engine does not know the token."""
         try:
             reader, writer = await asyncio.open_connection(host, port)
+            sock = writer.get_extra_info("socket")
+            prepare(sock)
+            give_up_on_writes(sock)
             _write(writer, "hello", Hello("gateway", token))
             kind, info = await _read(reader)
         except (OSError, asyncio.IncompleteReadError, WireError) as error:
