@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.local import LocalEngine
 from runtime.types import Finished, Request, ScoreOutput, TokenOutput, TokenScore
+
+Clock = Callable[[], float]
 
 
 @dataclass(slots=True)
@@ -51,20 +53,20 @@ def local_engine(
         engine.close()
 
 
-def ask(engine: LocalEngine, requests: Iterable[Request]) -> list[Trace]:
+def ask(engine: LocalEngine, requests: Iterable[Request], clock: Clock = time.perf_counter) -> list[Trace]:
     """Send requests at once and wait until all have ended. Raises the error that refuses one."""
 
     async def run() -> list[Trace]:
-        return await asyncio.gather(*(_trace(engine, request) for request in requests))
+        return await asyncio.gather(*(_trace(engine, request, clock) for request in requests))
 
     return asyncio.run(run())
 
 
-async def _trace(engine: LocalEngine, request: Request) -> Trace:
-    trace = Trace(time.perf_counter())
+async def _trace(engine: LocalEngine, request: Request, clock: Clock) -> Trace:
+    trace = Trace(clock())
     async for output in engine.client.generate(request):
         if isinstance(output, TokenOutput):
-            trace.arrivals.append(time.perf_counter())
+            trace.arrivals.append(clock())
             trace.tokens.append(output)
         elif isinstance(output, ScoreOutput):
             trace.scores += output.scores

@@ -1,13 +1,15 @@
 """What the rule costs on a CPU: the engine as it is against itself without padding and ordering.
 
     python bench/rule.py MODEL.gguf --rounds 7 > rule.json        SmolLM2-135M: a minute a round
+    python bench/rule.py MODEL.gguf --threads 1 --cpu-time        where others use the machine too
     python bench/rule.py MODEL.gguf --quick                       seconds: shows that it works, no figures
 
 Engines of one model stand side by side in this process: the one as it is ("ruled"), one for each item of
 bench/free_order.py with that item alone switched off, one with all of them off ("all"). They take turns,
 workload by workload, in an order that rotates from round to round; what an item costs is the median over
 rounds of 1 - ruled / free in the same round. What they compute is compared first: free engines round
-differently, and must agree otherwise. JSON on standard output, a table on standard error.
+differently, and must agree otherwise. With --cpu-time, seconds are those this process computes.
+JSON on standard output, a table on standard error.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -23,8 +26,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from bench.free_order import ITEMS, RULE, switched_off
-from bench.local import Trace, ask, decode_rate, local_engine
+from bench.local import Clock, Trace, ask, decode_rate, local_engine
 from bench.report import about, show
 from kernels.linear import Bf16Weight, Fp32Weight
 from runtime.local import LocalEngine
@@ -53,16 +58,17 @@ QUICK = Sizes(streams=3, context=20, decode=6, prefill=40)
 Workload = Callable[[LocalEngine, random.Random], float]  # tokens a second
 
 
-def workloads(sizes: Sizes) -> dict[str, Workload]:
+def workloads(sizes: Sizes, clock: Clock) -> dict[str, Workload]:
     def decode(streams: int, temperature: float) -> Workload:
         def run(engine: LocalEngine, source: random.Random) -> float:
             params = _params(temperature, sizes.decode + 1)
-            return decode_rate(ask(engine, _requests(engine, source, [sizes.context] * streams, params)))
+            requests = _requests(engine, source, [sizes.context] * streams, params)
+            return decode_rate(ask(engine, requests, clock))
 
         return run
 
     def prefill(engine: LocalEngine, source: random.Random) -> float:
-        (trace,) = ask(engine, _requests(engine, source, [sizes.prefill], _params(0.0, 1)))
+        (trace,) = ask(engine, _requests(engine, source, [sizes.prefill], _params(0.0, 1)), clock)
         return sizes.prefill / trace.first_s
 
     many = f"{sizes.streams} streams"
@@ -125,12 +131,14 @@ def agreement(engines: Mapping[str, LocalEngine], sizes: Sizes) -> dict[str, dic
     return differences
 
 
-def measure(engines: Mapping[str, LocalEngine], sizes: Sizes, rounds: int) -> dict[str, dict[str, list]]:
+def measure(
+    engines: Mapping[str, LocalEngine], sizes: Sizes, rounds: int, clock: Clock
+) -> dict[str, dict[str, list]]:
     """Tokens a second by workload and contestant, an entry a round. One round more warms up."""
     names = list(engines)
     rates: dict[str, dict[str, list[float]]] = {}
     for number in range(rounds + 1):
-        for workload, run in workloads(sizes).items():
+        for workload, run in workloads(sizes, clock).items():
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 with switched_off(without(name)):
                     rate = run(engines[name], random.Random(number))
@@ -207,21 +215,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--streams", type=int, default=Sizes.streams)
     parser.add_argument("--threads", type=int, help="of a rank; all cores without")
+    parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU seconds")
     parser.add_argument(
         "--quick", action="store_true", help="small sizes and one round, to see that it works"
     )
     args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
     sizes = QUICK if args.quick else Sizes(streams=args.streams)
     with ExitStack() as stack:
         engines = contestants(args.model, sizes, args.threads, stack)
         numerics = engines[RULED].client._info.numerics
         differences = agreement(engines, sizes)
-        rates = measure(engines, sizes, 1 if args.quick else args.rounds)
+        rates = measure(engines, sizes, 1 if args.quick else args.rounds, clock)
     found = {workload: summary(of) for workload, of in rates.items()}
     result = about() | {
         "model": Path(args.model).name,
         "numerics": numerics,
         "sizes": asdict(sizes),
+        "clock": clock.__name__,
+        "threads": torch.get_num_threads(),
         "items": {name: ITEMS[name].about for name in engines if name in ITEMS},
         "logprobs_apart": differences,
         "workloads": found,
