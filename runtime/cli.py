@@ -41,6 +41,7 @@ from runtime.commands.options import (
     Repetition,
     Replicas,
     Seed,
+    ServiceRay,
     Stop,
     Target,
     Temperature,
@@ -160,6 +161,10 @@ def serve(
     chat_template: ChatTemplate = None,
     local: Local = False,
     ray_address: RayAddress = None,
+    detach: Annotated[
+        bool,
+        typer.Option("--detach", help="Leave it running on the Ray of --ray-address, until tramontane stop."),
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Serve a model through gRPC until Ctrl-C or SIGTERM.
@@ -185,7 +190,34 @@ def serve(
         port=port,
         metrics_port=metrics_port,
     )
+    if detach:
+        from runtime.commands.service import detach as leave_running
+
+        if local or ray_address is None:
+            raise InvalidArgument("detach", "takes a Ray that outlives this command: give its --ray-address")
+        leave_running(config, ray_address=ray_address, rebuilds=rebuilds, as_json=json)
+        return
     serve(config, local=local, ray_address=ray_address, rebuilds=rebuilds, as_json=json)
+
+
+@command
+def stop(
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="Of a service.")],
+    *,
+    ray_address: ServiceRay = "auto",
+) -> None:
+    """End a service that serve --detach has started. Replies that run may finish."""
+    from runtime.commands.service import stop
+
+    stop(name, ray_address=ray_address)
+
+
+@command
+def services(*, ray_address: ServiceRay = "auto", json: AsJson = False) -> None:
+    """List the services of a Ray cluster, with the addresses where they answer."""
+    from runtime.commands.service import services
+
+    services(ray_address=ray_address, as_json=json)
 
 
 @command

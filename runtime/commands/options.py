@@ -32,6 +32,9 @@ Local = Annotated[bool, typer.Option("--local", help="Run in this process, witho
 RayAddress = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Join this Ray cluster; without it, start a local one.")
 ]
+ServiceRay = Annotated[
+    str, typer.Option("--ray-address", metavar="ADDRESS", help="Of the Ray cluster. auto: this machine's.")
+]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where ranks compute.")]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Most tokens of prompt and reply together. Default: what the model takes.")

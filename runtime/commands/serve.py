@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from runtime.commands.engines import Engine, Front, open_front, preview, start_engine
 from runtime.commands.output import write_json, write_line
@@ -26,28 +28,49 @@ def serve(config: ServeConfig, *, local: bool, ray_address: str | None, rebuilds
 
     Raises TramontaneError: what cannot be served, a busy port, the loss of the last replica.
     """
-    # All that can be refused is refused before weights are read.
+    front = check(config, rebuilds)
+
+    def ready(facts: Mapping[str, Any]) -> None:
+        announce(facts, as_json)
+
+    async def until(server: Server) -> None:
+        await server.run_until_signal(DRAIN_SECONDS)
+
+    with start_engine(config, local=local, ray_address=ray_address, rebuilds=rebuilds) as engine:
+        asyncio.run(serve_until(front, engine, config, ready, until))
+
+
+def check(config: ServeConfig, rebuilds: int) -> Front:
+    """Refuse all that can be refused before weights are read. Raises TramontaneError."""
     check_addresses(config.host, config.port, config.metrics_port)
     front = open_front(config.model, chat=True)
     preview(front, config)
     if rebuilds < 0:
         raise InvalidArgument("rebuilds", f"must be 0 or more, not {rebuilds}")
-    with start_engine(config, local=local, ray_address=ray_address, rebuilds=rebuilds) as engine:
-        asyncio.run(_serve(front, engine, config, as_json))
+    return front
 
 
-async def _serve(front: Front, engine: Engine, config: ServeConfig, as_json: bool) -> None:
+async def serve_until(
+    front: Front,
+    engine: Engine,
+    config: ServeConfig,
+    ready: Callable[[Mapping[str, Any]], None],
+    until: Callable[[Server], Awaitable[None]],
+) -> None:
+    """Serve until `until` returns, which drains the server. `ready` gets what the ready line says.
+
+    Raises Unavailable when the last replica is lost."""
     async with engine.connect() as client:
         pipeline = front.pipeline(client, engine.info)
         await _first_step(pipeline)
         server = await start_server(
             pipeline, host=config.host, port=config.port, metrics_port=config.metrics_port
         )
-        signalled = asyncio.create_task(server.run_until_signal(DRAIN_SECONDS))
+        signalled = asyncio.ensure_future(until(server))
         lost = asyncio.create_task(engine.lost(client))
         await server.ready()
         health = asyncio.create_task(_follow(server, client))
-        _announce(server, engine.info, config.parallel.replicas, as_json)
+        ready(_facts(server, engine.info, config.parallel.replicas))
         await asyncio.wait([signalled, lost], return_when=asyncio.FIRST_COMPLETED)
         health.cancel()
         if lost.done() and not signalled.done():
@@ -78,35 +101,37 @@ async def _first_step(pipeline: Pipeline) -> None:
             raise Unavailable(f"the first forward step failed: {piece.final.detail}")
 
 
-def _announce(server: Server, info: EngineInfo, replicas: int, as_json: bool) -> None:
+def _facts(server: Server, info: EngineInfo, replicas: int) -> dict[str, Any]:
+    """What the ready line says."""
     host = f"[{server.host}]" if ":" in server.host else server.host
-    address = f"{host}:{server.port}"
-    metrics = None if server.metrics_port is None else f"http://{host}:{server.metrics_port}/metrics"
+    return {
+        "address": f"{host}:{server.port}",
+        "host": server.host,
+        "port": server.port,
+        "metrics": None if server.metrics_port is None else f"http://{host}:{server.metrics_port}/metrics",
+        "model": info.model,
+        "numerics": info.numerics,
+        "tp": info.tp,
+        "pp": info.pp,
+        "replicas": replicas,
+        "units": info.units,
+        "context_length": info.context_length,
+        "max_num_seqs": info.max_num_seqs,
+        "kv_blocks": info.total_blocks,
+        "block_size": info.block_size,
+        "ranks": list(info.rank_nodes),
+    }
+
+
+def announce(facts: Mapping[str, Any], as_json: bool) -> None:
+    """Print the ready line."""
     if as_json:
-        write_json(
-            {
-                "address": address,
-                "host": server.host,
-                "port": server.port,
-                "metrics": metrics,
-                "model": info.model,
-                "numerics": info.numerics,
-                "tp": info.tp,
-                "pp": info.pp,
-                "replicas": replicas,
-                "units": info.units,
-                "context_length": info.context_length,
-                "max_num_seqs": info.max_num_seqs,
-                "kv_blocks": info.total_blocks,
-                "block_size": info.block_size,
-                "ranks": list(info.rank_nodes),
-            }
-        )
-    else:
-        stages = "" if info.pp == 1 else f"pp {info.pp}, "
-        copies = "" if replicas == 1 else f"{replicas} replicas, "
-        write_line(
-            f"tramontane: serving {info.model} on {address} "
-            f"(tp {info.tp}, {stages}{copies}context {info.context_length}, numerics {info.numerics})"
-            + (f", metrics at {metrics}" if metrics else "")
-        )
+        write_json(dict(facts))
+        return
+    stages = "" if facts["pp"] == 1 else f"pp {facts['pp']}, "
+    copies = "" if facts["replicas"] == 1 else f"{facts['replicas']} replicas, "
+    write_line(
+        f"tramontane: serving {facts['model']} on {facts['address']} (tp {facts['tp']}, {stages}{copies}"
+        f"context {facts['context_length']}, numerics {facts['numerics']})"
+        + (f", metrics at {facts['metrics']}" if facts["metrics"] else "")
+    )
