@@ -3,6 +3,7 @@ all of it for real, on one machine."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import threading
@@ -17,10 +18,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from runtime.server.lifecycle import SERVICE
 from tests.cli.command import run
-from tests.deploy.cluster import Head, free_ports, ray_head, stop, wait_until
+from tests.deploy.cluster import STARTED, Head, free_ports, ray_head, stop, wait_until
 from tests.deploy.manifests import DEPLOY
 from tests.support import REPOSITORY
 from tramontane import Client, FinishReason
+from tramontane.errors import Unavailable
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -155,3 +157,57 @@ def test_a_wrong_command_line_of_the_node(arguments):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: give one of: gateway HEAD:PORT") and done.stderr.count("\n") == 1
+
+
+def test_two_nodes_hold_a_stage_each_until_one_is_lost(head, model, expected):
+    """The reply is that of one rank; when the second node dies, all ends within 6 s, nothing left."""
+    log = head.folder / "node.log"
+    command = ["ray", "start", "--block", "--address", head.address, "--num-cpus", "1"]
+    with log.open("w") as out:
+        node = subprocess.Popen(
+            [*command, "--object-store-memory", str(80 << 20)],
+            env=head.environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = None
+    try:
+        wait_until(lambda: STARTED in log.read_text() or node.poll() is not None, 60)
+        assert node.poll() is None, log.read_text()
+        options = ["--pp", "2", "--rebuilds", "0", "--device", "cpu", "--port", "0", "--json"]
+        server = subprocess.Popen(
+            ["tramontane", "serve", model, "--ray-address", head.address, *options],
+            env=head.environment,
+            stdout=subprocess.PIPE,
+            stderr=(head.folder / "serve.log").open("w"),
+            text=True,
+            start_new_session=True,
+        )
+        line = server.stdout.readline()
+        assert line, (head.folder / "serve.log").read_text()
+        served = json.loads(line)
+        assert (served["tp"], served["pp"], len(served["ranks"])) == (1, 2, 2)
+        there = {process.pid: process for process in psutil.Process(node.pid).children(recursive=True)}
+        pids = [int(rank.rpartition("pid ")[2]) for rank in served["ranks"]]
+        assert sum(pid in there for pid in pids) == 1, "the stages are not spread over the nodes"
+        assert ask(served["port"]) == expected
+        with Client(f"127.0.0.1:{served['port']}", resumes=0) as client:
+            options = {"max_tokens": LONG, "temperature": 0.0, "ignore_eos": True}
+            with client.stream_generate(PROMPT, timeout=60, **options) as stream:
+                next(iter(stream))
+                for process in [*there.values(), psutil.Process(node.pid)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                begun = time.monotonic()
+                with pytest.raises(Unavailable):
+                    for _ in stream:
+                        pass
+        assert server.wait(30) == 1
+        assert time.monotonic() - begun < 6
+        assert "is lost" in (said := (head.folder / "serve.log").read_text()), said
+        wait_until(lambda: not head.processes("ray::RankActor", "ray::EngineActor"), 15)
+    finally:
+        for process in (server, node):
+            if process is not None:
+                stop(process)
