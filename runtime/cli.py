@@ -122,7 +122,8 @@ def plan(
     """Say which layouts of a model fit some GPUs, and predict how fast they could be at most.
 
     Reads the header alone and needs no GPU. Tensor parallel inside a node, as many servers as there is room
-    for; stages over several nodes are not served yet and not planned. Rates are bounds, not measured.
+    for; stages over several nodes (--pp) run on CPUs alone so far and are not planned. Rates are bounds, not
+    measured.
     """
     from runtime.commands.plan import plan
 

@@ -1,8 +1,8 @@
 """`tramontane plan`: which layouts of a model fit some GPUs, and how fast they could be. Reads headers.
 
 A layout is a degree of tensor parallelism inside a node, and as many servers of that degree as the nodes have
-room for, users shared evenly among them. Stages over several nodes are not served, so no model is planned
-larger than a node. Every rate is a prediction from `runtime.roofline`; nothing here was measured.
+room for, users shared evenly among them. Stages over several nodes are not served on GPUs, so no model is
+planned larger than a node. Every rate is a prediction from `runtime.roofline`; nothing here was measured.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _why_none(machines: Machines, layouts: list[Layout], context: int, users: in
             f"the weights do not fit on {machines}: at --tp {last.tp} a rank keeps "
             f"{show_size(max(last.gpu_bytes))} of them and a {machines.gpu.name} has "
             f"{show_size(int(machines.gpu.memory.value))}; give larger GPUs, more of them in a node where "
-            "--tp can rise, or a file of fewer bits (stages over nodes are not served yet)"
+            "--tp can rise, or a file of fewer bits (stages over nodes, --pp, run on CPUs alone so far)"
         )
     best = max(layouts, key=lambda layout: layout.sequences * layout.servers)
     # The longest context that the same users would fit with, in whole blocks.
