@@ -26,6 +26,7 @@ from tests.conformance.cluster import run_cluster
 from tests.conformance.compare import Tally
 from tests.conformance.gateway import run_gateway
 from tests.conformance.models import TINY, Model, real_paths, write_tiny
+from tests.conformance.replicas import run_replicas
 from tests.conformance.search import search
 from tests.conformance.ways import run_way, ways
 
@@ -74,6 +75,7 @@ def main() -> int:
             for way in ways(model):
                 tally.take(run_way(model, way, seed))
             tally.take(run_gateway(model))
+            tally.take(run_replicas(model, seed))
             if model.units > 1:
                 tally.take(run_cluster(model, min(3, model.units), seed))
             if count:

@@ -16,6 +16,7 @@ from tests.conformance.cluster import run_cluster
 from tests.conformance.compare import Tally, differing_bits, encode_reply
 from tests.conformance.gateway import run_gateway
 from tests.conformance.models import CONTEXT, TINY, Model
+from tests.conformance.replicas import run_replicas
 from tests.conformance.search import search
 from tests.conformance.ways import Way, run_way, ways
 from tests.replies import Reply
@@ -62,6 +63,12 @@ def test_random_scenarios(models, name):
     if name == "mixed-u3":  # enough of them to meet everything
         missed = [met for met, times in tally.seen.items() if not times]
         assert not missed and len(tally.seen) == 10, (missed, tally.seen)
+
+
+def test_engines_that_are_lost(models):
+    tally = run_replicas(models["int4-u8"], SEED)
+    none_differ(tally)
+    assert tally.seen["replies carried to another engine"] > 20
 
 
 @pytest.mark.cluster
