@@ -170,10 +170,11 @@ class Scheduler:
             if total - start != 1 or total == sequence.limit:
                 continue
             guesser = sequence.guesser
-            eager = guesser is not None and guesser.eager
+            eager = spare > 0 and guesser is not None and guesser.eager
             # Whoever guesses must know its last token. With stages, a plan that goes on from a token in
-            # flight would wait for it at the first stage, with all others behind it.
-            if (eager or staged) and sequence.known != total:
+            # flight would wait for it at the first stage, with all others behind it. Once it has guessed,
+            # nobody knows where it stands before its tokens are back.
+            if sequence.known != total and (eager or staged or sequence.guessing):
                 continue
             if len(chunks) == most:
                 break
@@ -183,7 +184,7 @@ class Scheduler:
                     continue
                 new_blocks = self._grow(sequence, 1)
             drafts, guesses = (), 0
-            if eager and spare > 0:
+            if eager:
                 # The token at `limit - 1` is sampled, never run.
                 drafts, guesses = guesser.propose(min(spare, sequence.limit - total - 1))
                 ahead = len(drafts) + guesses
@@ -193,8 +194,10 @@ class Scheduler:
                     else:
                         ahead = sequence.capacity - start - 1
                         drafts, guesses = drafts[:ahead], min(guesses, ahead)
-                spare -= len(drafts) + guesses
-                rows += len(drafts) + guesses
+                ahead = len(drafts) + guesses
+                sequence.guessing = ahead > 0
+                spare -= ahead
+                rows += ahead
             chunks.append(Chunk(sequence.slot, start, 1, new_blocks, True, False, drafts, guesses))
             samplers.append(sequence)
             sequence.computed = total
@@ -343,6 +346,7 @@ class Scheduler:
         if sequence.slot is not None:  # else it was preempted meanwhile
             sequence.computed += right
         if drafted := len(chunk.drafts) + chunk.guesses:
+            sequence.guessing = False
             sequence.guesser.settle(len(chunk.drafts), chunk.guesses, right)
             self.drafted_tokens += drafted
             self.accepted_tokens += right

@@ -25,6 +25,7 @@ class Sequence:
         "finished",
         "followers",
         "guesser",
+        "guessing",
         "known",
         "last_step",
         "leader",
@@ -72,6 +73,7 @@ class Sequence:
         self.leader: Sequence | None = None  # whose prefill this one waits for, to share its blocks
         self.followers: list[Sequence] = []
         self.guesser: Guesser | None = None  # made with the first token, where guessing is on
+        self.guessing = False  # its plan in flight has guesses
         self.finished = False
 
     def tokens(self) -> tuple[int, ...]:

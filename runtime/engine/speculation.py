@@ -25,34 +25,41 @@ FIRST_REST, LONGEST_REST = 16, 512  # tokens until it is tried again
 class Lookup:
     """A text that grows, and where in it the last few tokens stood before. O(1) a token."""
 
-    __slots__ = ("_at", "_index", "_indexed", "_needed", "_text", "foreseen")
+    __slots__ = ("_at", "_gram", "_index", "_indexed", "_needed", "_text", "foreseen")
 
     def __init__(self, text: Sequence[int]):
         self._text = list(text)
+        self._gram: tuple[int, ...] = tuple(text[-GRAM:])  # that ends the text
         self._index: dict[tuple[int, ...], int] = {}  # GRAM tokens -> the position after their last place
         self._indexed = GRAM  # grams that end before this position are in the index
         self._at: int | None = None  # where the next token is guessed to stand already
         self._needed = FEWEST_RIGHT
         self.foreseen = 0  # how many tokens in a row stood where they were guessed to
 
-    def push(self, token: int) -> None:
-        """The text goes on with `token`."""
-        text = self._text
-        right = self._at is not None and text[self._at] == token
-        text.append(token)
-        if right:
+    def push(self, token: int) -> bool:
+        """The text goes on with `token`; whether guesses at what follows are worth trying."""
+        text, at, gram = self._text, self._at, self._gram
+        if at is not None and text[at] == token:
             self.foreseen += 1
-            self._at += 1
+            self._at = at + 1
         else:
             self.foreseen = 0
             self._at = None
+        # A gram is indexed once it does not end the text any more, else it would be found where it stands.
         end = len(text)
-        # The gram that ends the text is looked up before it is indexed, else it would find itself.
-        for stop in range(self._indexed, min(end, self._indexed + AT_ONCE)):
-            self._index[tuple(text[stop - GRAM : stop])] = stop
-            self._indexed = stop + 1
-        if self._at is None and self._indexed == end:
-            self._at = self._index.get(tuple(text[-GRAM:]))
+        if self._indexed == end:
+            self._index[gram] = end
+            self._indexed = end + 1
+        elif self._indexed < end:
+            stops = range(self._indexed, min(end, self._indexed + AT_ONCE) + 1)
+            for stop in stops:
+                self._index[tuple(text[stop - GRAM : stop])] = stop
+            self._indexed = stops[-1] + 1
+        text.append(token)
+        self._gram = gram = (*gram[-2:], token)
+        if self._at is None and self._indexed > end:
+            self._at = self._index.get(gram)
+        return self.foreseen >= self._needed
 
     @property
     def ready(self) -> bool:
@@ -144,11 +151,10 @@ class Guesser:
 
     def push(self, token: int) -> None:
         """A token of the reply has become known."""
-        lookup, pace = self._lookup, self._pace
-        lookup.push(token)
-        if pace is not None:
-            pace.push()
-        self.eager = lookup.ready or (pace is not None and pace.length > 0)
+        self.eager = self._lookup.push(token)
+        if self._pace is not None:
+            self._pace.push()
+            self.eager = self.eager or self._pace.length > 0
 
     def propose(self, most: int) -> tuple[tuple[int, ...], int]:
         """Tokens to try next, or how many to ask of the draft model."""
