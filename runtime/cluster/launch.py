@@ -73,11 +73,14 @@ class Cluster:
             check_alike([hello.node for hello in hellos], [hello.versions for hello in hellos])
             say("loading weights")
             self.reports = self._load(config, [hello.address for hello in hellos])
+            # What every rank's host can hold.
             blocks = min(report.config.total_blocks for report in self.reports)
-            settled = replace(self.reports[0].config, total_blocks=blocks)
+            length = min(report.config.max_model_len for report in self.reports)
+            settled = replace(self.reports[0].config, total_blocks=blocks, max_model_len=length)
             nodes = tuple(f"rank {r.rank} on {r.node}, pid {r.pid}" for r in self.reports)
-            infos = [replace(r.info, total_blocks=blocks, rank_nodes=nodes) for r in self.reports]
-            self.info = _agreed(infos)
+            alike = {"total_blocks": blocks, "context_length": length, "rank_nodes": nodes}
+            infos = [replace(report.info, **alike) for report in self.reports]
+            self.info = _agreed(infos, [report.node for report in self.reports])
             self._runs = [rank.run.remote(settled, *self._address) for rank in self._ranks]
             self._wait_joined(self._engine.serve.remote(settled, self.info))
             say("first forward step")
@@ -218,9 +221,13 @@ def _device_of_cluster(parallel: ParallelConfig, *, waits: bool) -> str:
     return parallel.device
 
 
-def _agreed(infos: Sequence[EngineInfo]) -> EngineInfo:
-    """What all ranks say alike. They differ where hosts differ, and then bits would."""
-    if any(info != infos[0] for info in infos):
-        names = ", ".join(sorted({info.numerics for info in infos}))
-        raise Unavailable(f"the ranks do not compute alike ({names}): use hosts of one kind and version")
+def _agreed(infos: Sequence[EngineInfo], nodes: Sequence[str]) -> EngineInfo:
+    """What all ranks say alike. They differ where hosts or GPUs differ, and then bits would."""
+    for info, node in zip(infos, nodes, strict=True):
+        if info != infos[0]:
+            raise Unavailable(
+                f"the ranks do not compute alike: {infos[0].numerics} on {nodes[0]} and "
+                f"{info.numerics} on {node}: "
+                "use hosts and GPUs of one kind, with the same versions and the same model file"
+            )
     return infos[0]

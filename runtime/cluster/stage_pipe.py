@@ -44,11 +44,11 @@ class StagePipe:
     def send(self, x: torch.Tensor) -> None:
         self._send(self._at[self.stage + 1], x)
 
-    def receive(self, rows: int, width: int) -> torch.Tensor:
+    def receive(self, count: int) -> torch.Tensor:
         x = _taken(self._arriving).view(torch.float32)
-        if x.numel() != rows * width:
-            raise ValueError(f"stage {self.stage} was sent {x.numel()} numbers for {rows} x {width}")
-        return x.view(rows, width)
+        if x.numel() != count:
+            raise ValueError(f"stage {self.stage} was sent {x.numel()} numbers for {count}")
+        return x
 
     def tell(self, tokens: torch.Tensor) -> None:
         for peer in self._at[:-1]:

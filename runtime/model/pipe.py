@@ -1,8 +1,8 @@
 """What the ranks of neighbouring stages need of each other, and the way to have it inside one process.
 
-A pipe runs through the ranks that hold the same units in every stage. The residual stream goes from stage to
-stage; sampled tokens go from the last stage to every other, which needs them for a later plan. Nobody waits
-for a receiver: what is sent lies there until it is wanted.
+A pipe runs through the ranks that hold the same units in every stage. The residual stream, or this rank's
+share of it, goes from stage to stage; sampled tokens go from the last stage to every other, which needs them
+for a later plan. Nobody waits for a receiver: what is sent lies there until it is wanted.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Pipe(Protocol):
         """Whether tokens are sampled here."""
 
     def send(self, x: torch.Tensor) -> None:
-        """To the next stage; x is not to be changed afterwards."""
+        """fp32 to the next stage; x is not to be changed afterwards."""
 
-    def receive(self, rows: int, width: int) -> torch.Tensor:
-        """fp32 [rows, width] of the stage before, which may be changed."""
+    def receive(self, count: int) -> torch.Tensor:
+        """fp32 [count] of the stage before, which may be changed."""
 
     def tell(self, tokens: torch.Tensor) -> None:
         """From the last stage to every other: int64 of any shape."""
@@ -61,12 +61,12 @@ class ThreadPipe:
         return self.stage == self.stages - 1
 
     def send(self, x: torch.Tensor) -> None:
-        self._onward[self.stage].put(x)
+        self._onward[self.stage].put(x.reshape(-1))
 
-    def receive(self, rows: int, width: int) -> torch.Tensor:
+    def receive(self, count: int) -> torch.Tensor:
         x = _taken(self._onward[self.stage - 1])
-        if x.shape != (rows, width):
-            raise ValueError(f"stage {self.stage} was sent {tuple(x.shape)} for {(rows, width)}")
+        if x.numel() != count:
+            raise ValueError(f"stage {self.stage} was sent {x.numel()} numbers for {count}")
         return x
 
     def tell(self, tokens: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from runtime.model.communicator import Communicator
 from runtime.model.pipe import Pipe
 from runtime.model.runner import Runner, _Sequence
 from runtime.model.shard import Shard
+from runtime.model.units import Span
 from runtime.types import Chunk, SequenceStart, StepPlan, StepResult
 
 Observe = Callable[[int, float, float], None]
@@ -50,7 +51,7 @@ class StageRunner(Runner):
             x = forward.embed(batch.tokens)
         else:
             waited = time.monotonic()
-            x = pipe.receive(batch.tokens.shape[0], forward.shard.spec.hidden)
+            x = self._receive(batch.tokens.shape[0])
             began += time.monotonic() - waited
         x = forward.layers(x, batch)
         chosen = [chunk for chunk in plan.chunks if chunk.samples]
@@ -59,7 +60,7 @@ class StageRunner(Runner):
             if chosen:
                 self._tell(chosen, result)
         else:
-            pipe.send(x)
+            self._send(x)
             if chosen:
                 self._untold.append([self._sequences[chunk.slot] for chunk in chosen])
             result = StepResult(plan.step, ())
@@ -71,6 +72,22 @@ class StageRunner(Runner):
         if self.pipe.last:
             return super()._begin(start)
         return _Sequence(list(start.tokens), None, start.params.logprobs is not None)
+
+    def _send(self, x: torch.Tensor) -> None:
+        """Give the next stage this rank's share of x [M, H], which all ranks of a stage hold whole."""
+        start, stop = _cuts(x.numel(), self.comm.size)[self.comm.rank]
+        self.pipe.send(x.view(-1)[start:stop])
+
+    def _receive(self, rows: int) -> torch.Tensor:
+        """fp32 [rows, H] of the stage before: a link between nodes carries it once, not once a rank."""
+        width = self.forward.shard.spec.hidden
+        cuts = _cuts(rows * width, self.comm.size)
+        share = self.pipe.receive(cuts[self.comm.rank][1] - cuts[self.comm.rank][0])
+        if self.comm.size == 1:
+            return share.view(rows, width)
+        sizes = [4 * (stop - start) for start, stop in cuts]
+        parts = self.comm.all_gather(share.view(torch.uint8), sizes)
+        return torch.cat(parts).view(torch.float32).view(rows, width)
 
     def _tell(self, chosen: list[Chunk], result: StepResult) -> None:
         """Tell every other stage, for each token, in which row of `chosen` and which it is."""
@@ -89,3 +106,8 @@ class StageRunner(Runner):
             sequences = self._untold.popleft()
             for row, token in told.view(-1, 2).tolist():
                 sequences[row].tokens.append(token)
+
+
+def _cuts(count: int, parts: int) -> list[Span]:
+    """`count` numbers in as many spans, alike but for one."""
+    return [(count * n // parts, count * (n + 1) // parts) for n in range(parts)]

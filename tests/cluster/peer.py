@@ -88,7 +88,7 @@ def pipe(comm: SocketCommunicator, tp: int = 2) -> None:
     tensors = [(n, rows) for n, rows in enumerate((1, 3, 200, 1100, 5000, 1, 1100, 17))]
     for n, rows in tensors:  # a whole round lies in the pipe before anyone is told anything
         if ends.stage > 0:
-            x = ends.receive(rows, 64)
+            x = ends.receive(rows * 64)
             expect(x.view(-1).view(torch.uint8), rows * 256, n, within)
         if not ends.last:
             ends.send(payload(rows * 256, n, within).view(torch.float32).view(rows, 64))
@@ -108,7 +108,7 @@ def lose_stage(comm: SocketCommunicator) -> None:
         sys.exit(9)
     started = time.monotonic()
     try:
-        ends.receive(1, 1) if ends.last else ends.told(wait=True)
+        ends.receive(1) if ends.last else ends.told(wait=True)
     finally:
         print(json.dumps({"noticed": time.monotonic() - started}), flush=True)
         ends.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -56,6 +57,13 @@ def test_a_tied_table_weighs_on_both_ends(tiny, tied):
     tensors = model.checkpoint.tensors
     assert len(each) == 4 and before == after == tensors["token_embd.weight"].nbytes
     assert sum(each) == sum(info.nbytes for name, info in tensors.items() if name.startswith("blk."))
+
+
+def test_stages_on_gpus_are_refused(tiny):
+    model = replace(opened(tiny(layers=2)), device="cuda")
+    assert stage_layers(model, 1) == ((0, 2),)
+    with pytest.raises(InvalidArgument, match=r"^pp: 2 stages .* on CPUs alone so far: give --device cpu"):
+        stage_layers(model, 2)
 
 
 @pytest.mark.parametrize("pp", [0, 3, -1])

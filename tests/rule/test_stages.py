@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 import pytest
 
+from runtime.model.forward import Forward
+from runtime.types import FinishReason
+from tests.replies import ask, greedy
+from tests.rule.engines import engine
 from tests.rule.test_rule import CONTEXT, MODELS, UNITS, Case
 
 # Five layers, whose cuts among two to four stages are uneven; an embedding and a head of any weight beside.
@@ -40,3 +47,28 @@ def test_the_replies_are_those_of_one_rank(case):
     for setting in SETTINGS[case.name]:
         loads = case.compare(**setting)
         assert bool(loads[0].preemptions) == ("total_blocks" in setting)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_stage_that_fails_ends_every_stream(tiny, monkeypatch, failing):
+    """Whichever it is: the others, which wait for it, are not left waiting."""
+    layers, calls = Forward.layers, []
+
+    def fails(self, x, batch):
+        if self.shard.stage == stages[failing]:
+            calls.append(batch)
+            if len(calls) > 5:
+                raise RuntimeError("a defect")
+        return layers(self, x, batch)
+
+    stages = ((0, 1), (1, 2), (2, 3))
+    monkeypatch.setattr(Forward, "layers", fails)
+    with engine(tiny(context=CONTEXT, layers=3), pp=3, tp=2) as made:
+
+        async def streams():
+            return await asyncio.gather(*(ask(made.client, greedy(f"r{i}", (1, i), 50)) for i in range(3)))
+
+        for _, end in asyncio.run(streams()):
+            assert end.reason is FinishReason.ERROR and end.detail
+        started = time.monotonic()
+    assert time.monotonic() - started < 5
