@@ -125,6 +125,7 @@ def start_engine(
     def make(build: Callable[[Say], Built], say: Say) -> Built:
         if replicas == 1 and not rebuilds:
             return build(say)
+        build = _same_files(config.model, build)
         return Supervised(build, replicas, rebuilds=rebuilds, say=say, together=not local)
 
     with ExitStack() as stack:
@@ -146,6 +147,21 @@ def start_engine(
                 engine = make(partial(_build_remote, config, ray_address), say)
         stack.callback(engine.close)
         yield engine
+
+
+def _same_files(model: ModelConfig, build: Callable[[Say], Built]) -> Callable[[Say], Built]:
+    """A build that refuses files which are not those of its first time: a reply that goes on must not change
+    its model. They are told apart by size and time."""
+    known: list[dict[str, tuple[int, int]]] = []
+
+    def checked(say: Say) -> Built:
+        stats = {file: os.stat(file) for file in open_model(model).checkpoint.files}
+        known.append({file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()})
+        if known[-1] != known[0]:
+            raise Unavailable("the model's files are not those that are served any more: start it anew")
+        return build(say)
+
+    return checked
 
 
 def _divided(config: ServeConfig, hosts: int) -> ServeConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from contextlib import aclosing, asynccontextmanager
@@ -328,6 +329,23 @@ def test_real_ranks_that_are_lost_again_and_again(config, replicas, capfd):
         assert engine.info.total_blocks > 0
         asyncio.run(go(engine))
     assert capfd.readouterr().err.count("is lost: killed") == 3
+
+
+def test_a_model_that_was_exchanged_is_not_loaded(config, tiny, tmp_path, capfd):
+    """What goes on must not go on with other weights."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny.read_bytes())
+    config = replace(config, model=ModelConfig(str(path)))
+
+    async def go(engine):
+        async with engine.connect() as client:
+            os.utime(path, ns=(1, 1))
+            client._seats[0].client._loop.ranks_lost("killed")
+            assert await asyncio.wait_for(engine.lost(client), 20) == "killed"
+
+    with start_engine(config, local=True, rebuilds=1) as engine:
+        asyncio.run(go(engine))
+    assert "replica 0 was not rebuilt: the model's files are not those" in capfd.readouterr().err
 
 
 def test_cores_are_divided(config, monkeypatch):
