@@ -22,6 +22,7 @@ from runtime.types import EngineInfo, Finished, FinishReason, Load, Output, Requ
 PATIENCE = 60.0  # seconds that a stream waits for a replica where none is left and one may come back
 MOST_MOVES = 16  # losses that one request outlives
 MOST_STALLED = 3  # losses in a row that brought it nothing: a request may be what kills its ranks
+LOAD_SECONDS = 0.5  # that one of several replicas has to say how busy it is
 FULL_WAIT = 1.0  # most seconds between looks at queues that are full
 
 _COUNTERS = (
@@ -144,22 +145,30 @@ class Replicas:
         return self._info
 
     async def load(self) -> Load:
-        """Of all that are there; counters go on over losses. Raises Unavailable if none is."""
+        """Of all that are there; counters go on over losses. Raises Unavailable if none is.
+
+        Of one that takes its time, what it said last, so that it does not hide the others."""
         there = [(index, seat, seat.client) for index, seat in enumerate(self._seats) if seat.client]
-        answers = await asyncio.gather(*(client.load() for _, _, client in there), return_exceptions=True)
-        loads = []
-        for (index, seat, client), answer in zip(there, answers, strict=True):
-            if isinstance(answer, Unavailable):
-                self.lose(index, str(answer), client)
-            elif isinstance(answer, BaseException):
-                raise answer
-            else:
-                loads.append(answer)
-                if seat.client is client:
-                    seat.seen = answer
-        if not loads:
+        loads = await asyncio.gather(*(self._load_of(*each) for each in there))
+        answered = [load for load in loads if load is not None]
+        if not answered:
             raise Unavailable(self._why())
-        return _sum([*loads, self._past])
+        return _sum([*answered, self._past])
+
+    async def _load_of(self, index: int, seat: _Seat, client: EngineClient) -> Load | None:
+        """None if it is lost."""
+        try:
+            async with asyncio.timeout(LOAD_SECONDS if len(self._seats) > 1 else None):
+                seen = await client.load()
+        except TimeoutError:
+            return seat.seen if seat.client is client else None
+        except Unavailable as error:
+            self.lose(index, str(error), client)
+            return None
+        if seat.client is not client:  # what it had counted is in the past already
+            return None
+        seat.seen = seen
+        return seen
 
     async def stop_at(self, request_id: str, keep: int, choice: int = 0) -> None:
         if run := self._running.get(request_id):

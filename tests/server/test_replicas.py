@@ -371,6 +371,26 @@ def test_load_is_the_sum_and_counters_outlive_their_engine():
     asyncio.run(go())
 
 
+def test_a_silent_replica_does_not_hide_the_others(monkeypatch):
+    monkeypatch.setattr("runtime.server.replicas.LOAD_SECONDS", 0.05)
+
+    class Mute(ScriptedEngine):
+        async def load(self):
+            if self.hang:
+                await asyncio.Event().wait()
+            return await super().load()
+
+    async def go():
+        engines = [Mute(), Mute()]
+        client = over(*engines)
+        before = await client.load()
+        engines[0].hang = True
+        engines[1].running = 5
+        assert await client.load() == replace(before, running=5)
+
+    asyncio.run(go())
+
+
 def test_work_is_shared():
     async def go():
         engines = [ScriptedEngine(TEXT, pace=0.01) for _ in range(3)]
