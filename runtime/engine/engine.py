@@ -256,8 +256,7 @@ class Engine:
         name = sequence.request.request_id
         guesser = sequence.guesser
         if guesser is None and self.config.draft_tokens:
-            text = sequence.tokens()
-            guesser = sequence.guesser = Guesser(text, self.config.draft_tokens, self.config.draft_cost)
+            guesser = sequence.guesser = self._guesser(sequence)
         reply = sequence.reply
         for sampled in tokens:
             token = sampled.token
@@ -275,6 +274,9 @@ class Engine:
                 return
         if sequence.known == sequence.limit:
             outputs.append(self._finish(sequence, FinishReason.LENGTH))
+
+    def _guesser(self, sequence: Sequence) -> Guesser:
+        return Guesser(sequence.tokens(), self.config.draft_tokens, self.config.draft_cost)
 
     def ranks_lost(self, detail: str) -> list[Output]:
         """The ranks and all KV are gone: every request ends with ERROR, plans in flight are void. The

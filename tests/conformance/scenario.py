@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from runtime.config import EngineConfig
 from runtime.engine import Engine
+from runtime.engine.sequence import Sequence
+from runtime.engine.speculation import Guesser
 from runtime.local import LocalRanks
 from runtime.types import Branch, Finished, Output, Request, ScoreOutput, StepPlan, StepResult, TokenOutput
 from tests.conformance.compare import Tally, encode_reply, encode_scores
@@ -48,7 +50,7 @@ class Scenario:
     max_chunk: int | None = None
     prefix_cache: bool = True
     draft_tokens: int = 8
-    draft: str = ""  # as in `Model.runners`
+    draft: str = ""  # as in `Model.runners`; "plan": guesses that plans carry, wrong at times
     steps_in_flight: int = 2
     crowd: int = 0
     arrivals: tuple[Arrival, ...] = ()
@@ -87,16 +89,19 @@ class Play:
                     "draft_tokens",
                 )
             },
-            draft_cost=0.0 if scenario.draft else None,
+            draft_cost=0.0 if scenario.draft in ("right", "doubtful") else None,
         )
         self._config = model.settle(config, scenario.tp, scenario.pp)
-        self._engine = Engine(self._config, scenario.steps_in_flight)
+        engine = Guessing if scenario.draft == "plan" else Engine
+        self._engine = engine(self._config, scenario.steps_in_flight)
+        self._engine.play = self
         self._evicted = self._named = 0
 
     def run(self) -> Tally:
         results: queue.SimpleQueue[StepResult | str] = queue.SimpleQueue()
         scenario = self.scenario
-        ranks = LocalRanks(self.model.runners(self._config, scenario.tp, scenario.pp, scenario.draft))
+        draft = "" if scenario.draft == "plan" else scenario.draft
+        ranks = LocalRanks(self.model.runners(self._config, scenario.tp, scenario.pp, draft))
         ranks.start(results.put, results.put)
         try:
             self._drive(ranks, results)
@@ -201,6 +206,34 @@ class Play:
             if whole or tokens:
                 got_items = encode_reply(got, whole=whole)
                 self.tally.compare(name, got_items, want if whole else want[: len(got_items)])
+
+
+class Guessing(Engine):
+    """An engine whose plans carry guesses all the time, most of them right: it knows the plain replies."""
+
+    play: Play
+
+    def _guesser(self, sequence: Sequence) -> Guesser:
+        stream = self.play._streams[sequence.request.request_id]
+        asked = self.play.model.requests[stream.arrival.request]
+        reply = self.play.model.plain.reply(asked, sequence.choice).tokens
+        return Knowing(sequence, reply, self.config.draft_tokens)
+
+
+class Knowing(Guesser):
+    """Guesses what a reply will be, and every third or so token wrongly."""
+
+    def __init__(self, sequence: Sequence, reply: tuple[int, ...], most: int):
+        super().__init__((), most, None)
+        self._sequence, self._reply = sequence, reply
+        self.eager = True
+
+    def push(self, token: int) -> None: ...
+
+    def propose(self, most: int) -> tuple[tuple[int, ...], int]:
+        known = len(self._sequence.reply)
+        ahead = self._reply[known : known + min(most, self.most)]
+        return tuple(t if (t + known + i) % 3 else t ^ 1 for i, t in enumerate(ahead)), 0
 
 
 def describe(plan: StepPlan) -> str:

@@ -60,10 +60,10 @@ def scenarios(model: Model) -> st.SearchStrategy[Scenario]:
         begun = sum(-(-len(r.prompt) // block) for r in asked)
         rooms = [begun, begun + 1, begun // 2, 0] if tight else [64 * model.context // block, begun]
         rooms += [] if crowd else [0]
-        draft = draw(st.sampled_from(["", "", "right", "doubtful"]))
+        draft = draw(st.sampled_from(["", "", "plan", "right", "doubtful"]))
         return Scenario(
             tp=draw(st.sampled_from(ranks)),
-            pp=1 if draft else draw(st.sampled_from([1, 1, 2])),
+            pp=1 if draft in ("right", "doubtful") else draw(st.sampled_from([1, 1, 2])),
             block_size=block,
             total_blocks=max(largest, draw(st.sampled_from(rooms))),
             max_num_seqs=64 if tight else draw(st.sampled_from([64, 8, 3, 2])),
