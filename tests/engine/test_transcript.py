@@ -1,4 +1,4 @@
-"""What a transcript passes on, and what it will not take. How it carries replies: tests/server/test_replicas."""
+"""What a transcript passes on, and what it will not take. Replies that are carried: server/test_replicas."""
 
 from __future__ import annotations
 
