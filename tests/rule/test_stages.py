@@ -9,8 +9,8 @@ import pytest
 
 from runtime.model.forward import Forward
 from runtime.types import FinishReason
-from tests.replies import ask, greedy
-from tests.rule.engines import engine
+from tests.replies import ask, ask_all, greedy
+from tests.rule.engines import assert_same, check_idle, engine, plain_replies
 from tests.rule.test_rule import CONTEXT, MODELS, UNITS, Case
 
 # Five layers, whose cuts among two to four stages are uneven; an embedding and a head of any weight beside.
@@ -47,6 +47,19 @@ def test_the_replies_are_those_of_one_rank(case):
     for setting in SETTINGS[case.name]:
         loads = case.compare(**setting)
         assert bool(loads[0].preemptions) == ("total_blocks" in setting)
+
+
+def test_guesses_that_were_right_reach_every_stage(tiny):
+    """Several tokens come of a step, more or fewer: each stage goes on from what stood."""
+    path = tiny(context=CONTEXT, layers=3, types="Q8_0", hidden=128, heads=4)
+    asked = [greedy(f"r{i}", (5, 6, 7, 8 + i) * 8, 60, logprobs=1) for i in range(4)]
+    want = plain_replies(path, asked)
+    for setting in ({"pp": 3}, {"pp": 2, "tp": 2, "block_size": 8, "total_blocks": 40}):
+        with engine(path, **setting) as made:
+            assert_same(asyncio.run(ask_all(made.client, asked)), want)
+            load = asyncio.run(made.client.load())
+            check_idle(made)
+        assert 0 < load.accepted_tokens < load.drafted_tokens
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
