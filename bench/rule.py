@@ -5,11 +5,12 @@
     python bench/rule.py MODEL.gguf --quick                       seconds: shows that it works, no figures
 
 Engines of one model stand side by side in this process: the one as it is ("ruled"), one for each item of
-bench/free_order.py with that item alone switched off, one with all of them off ("all"). They take turns,
-workload by workload, in an order that rotates from round to round; what an item costs is the median over
-rounds of 1 - ruled / free in the same round. What they compute is compared first: free engines round
-differently, and must agree otherwise. With --cpu-time, seconds are those this process computes.
-JSON on standard output, a table on standard error.
+bench/free_order.py with that item alone switched off, one with all of them off ("all"), and one that only
+keeps K cut by unit, should the shorter products be the faster ones. They take turns, workload by workload,
+in an order that rotates from round to round; what an item costs is the median over rounds of 1 - ruled / free
+in the same round. What they compute is compared first: free engines round differently, and must agree
+otherwise. With --cpu-time, seconds are those this process computes. JSON on standard output, a table on
+standard error.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from kernels.linear import Bf16Weight, Fp32Weight
 from runtime.local import LocalEngine
 from runtime.types import Request, SampledToken, SamplingParams, TokenOutput, TokenScore
 
-RULED, ALL = "ruled", "all"
+RULED, ALL, CUT = "ruled", "all", "all but units"
+PREFILLS = 3  # prompts of one turn: the median counts
 TOP = 20  # likeliest tokens whose logprobs are compared
 BOUND = 1.0  # what one may differ by, natural log; the bf16 sums of another order are off by a tenth of it
 
@@ -68,8 +70,8 @@ def workloads(sizes: Sizes, clock: Clock) -> dict[str, Workload]:
         return run
 
     def prefill(engine: LocalEngine, source: random.Random) -> float:
-        (trace,) = ask(engine, _requests(engine, source, [sizes.prefill], _params(0.0, 1)), clock)
-        return sizes.prefill / trace.first_s
+        prompts = _requests(engine, source, [sizes.prefill] * PREFILLS, _params(0.0, 1))
+        return sizes.prefill / statistics.median(ask(engine, [p], clock)[0].first_s for p in prompts)
 
     many = f"{sizes.streams} streams"
     return {
@@ -97,12 +99,15 @@ def contestants(path: str, sizes: Sizes, threads: int | None, stack: ExitStack) 
             return stack.enter_context(opened)
 
     ruled = build(RULED)
-    return {RULED: ruled, ALL: build(ALL)} | {name: build(name) for name in ITEMS if _meets(ruled, name)}
+    return {RULED: ruled, ALL: build(ALL), CUT: build(CUT)} | {
+        name: build(name) for name in ITEMS if _meets(ruled, name)
+    }
 
 
 def without(name: str) -> tuple[str, ...]:
     """The items that are off for a contestant of this name."""
-    return () if name == RULED else RULE if name == ALL else (name,)
+    groups = {RULED: (), ALL: RULE, CUT: tuple(item for item in RULE if item != "units")}
+    return groups.get(name, (name,))
 
 
 def agreement(engines: Mapping[str, LocalEngine], sizes: Sizes) -> dict[str, dict[str, float]]:

@@ -1,6 +1,7 @@
 """What guessing tokens ahead gains: the engine with speculation against itself without.
 
-    python bench/speculation.py MODEL.gguf > speculation.json     SmolLM2-135M-Instruct: two minutes a round
+    python bench/speculation.py MODEL.gguf > speculation.json     SmolLM2-135M-Instruct: three minutes a round
+    python bench/speculation.py MODEL.gguf --threads 1 --cpu-time     where others use the machine too
     python bench/speculation.py MODEL.gguf --quick                seconds: shows that it works, no figures
 
 Two engines of one chat model stand side by side in this process and take turns, reply by reply, in an order
@@ -17,6 +18,7 @@ import argparse
 import itertools
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -24,7 +26,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.local import Trace, ask, local_engine
+import torch
+
+from bench.local import Clock, Trace, ask, local_engine
 from bench.prompts import COPY_HEAVY, OTHERS
 from bench.report import about, show
 from runtime.commands.engines import open_front
@@ -100,14 +104,14 @@ def cases(
             yield Case(f"{streams} streams, {kind}, {_how(temperature)}", requests)
 
 
-def play(case: Case, on: LocalEngine, off: LocalEngine, number: int) -> None:
+def play(case: Case, on: LocalEngine, off: LocalEngine, number: int, clock: Clock) -> None:
     """One round of a case; number 0 compares logprobs and is not timed. Raises SystemExit where the replies
     are not the same."""
     requests = case.requests
     if number == 0:
         requests = [replace(r, params=replace(r.params, logprobs=1)) for r in requests]
     order = (on, off) if number % 2 else (off, on)
-    traces = {id(engine): ask(engine, requests) for engine in order}
+    traces = {id(engine): ask(engine, requests, clock) for engine in order}
     with_, without = traces[id(on)], traces[id(off)]
     for mine, plain in zip(with_, without, strict=True):
         if [_bits(t) for t in mine.tokens] != [_bits(t) for t in plain.tokens]:
@@ -157,9 +161,11 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=320)
     parser.add_argument("--draft-tokens", type=int, default=EngineConfig().draft_tokens)
     parser.add_argument("--threads", type=int, help="of a rank; all cores without")
+    parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU seconds")
     parser.add_argument("--only", help="prompts whose name holds this")
     parser.add_argument("--quick", action="store_true", help="short replies, one round, two prompts")
     args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
     if args.quick:
         args.rounds, args.streams, args.max_tokens = 1, 2, 12
     texts = {n: text for n, text in (COPY_HEAVY | OTHERS).items() if not args.only or args.only in n}
@@ -167,7 +173,7 @@ def main() -> None:
         texts = {name: texts[name] for name in ("list, repeated", "story")}
     prompts, stop = encode(args.model, texts)
     longest = max(map(len, prompts.values())) + args.max_tokens
-    played = list(cases(prompts, stop, args.streams, args.max_tokens))
+    played = [c for c in cases(prompts, stop, args.streams, args.max_tokens) if c.requests]
     with ExitStack() as stack:
         on, off = (
             stack.enter_context(
@@ -184,15 +190,16 @@ def main() -> None:
         )
         for number in range(args.rounds + 1):
             for case in played:
-                if case.requests:
-                    play(case, on, off, number)
-            print(f"round {number} of {args.rounds}", file=sys.stderr)
+                play(case, on, off, number, clock)
+                rates = f"{case.off[-1]:.1f} off, {case.on[-1]:.1f} on" if number else "the same bits"
+                print(f"round {number} of {args.rounds}, {case.name}: {rates}", file=sys.stderr)
         numerics = on.client._info.numerics
-    played = [case for case in played if case.requests]
     found = {case.name: case.report() for case in played}
     result = about() | {
         "model": Path(args.model).name,
         "numerics": numerics,
+        "clock": clock.__name__,
+        "threads": torch.get_num_threads(),
         "draft_tokens": args.draft_tokens,
         "max_tokens": args.max_tokens,
         "replies_equal": True,
