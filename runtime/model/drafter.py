@@ -5,7 +5,8 @@ values by the same block tables; so what the engine shares, evicts or preempts i
 sampled with the same parameters and noise as the tokens they stand for, which makes them right as often as
 the two models agree. Nothing that is sent depends on them.
 
-What the draft model has seen of a block falls behind while no one asks it; it catches up when it is asked.
+What the draft model has seen of a block (seen.py) falls behind while no one asks it; it catches up when it
+is asked.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ import torch
 from runtime.model.batch import BatchMaker, Run
 from runtime.model.communicator import Communicator
 from runtime.model.forward import Forward, new_cache
+from runtime.model.seen import Seen
 from runtime.model.shard import Shard
 from runtime.sampling.sampler import SamplerState, sample
-
-PIECE = 512  # most rows of one forward pass when it catches up
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,7 @@ class Drafter:
         """shard: of the draft model; the rest as of the model's own runner."""
         self._forward = Forward(shard, new_cache(shard, total_blocks, block_size), comm, max_positions)
         self._batches = BatchMaker(shard.spec, shard.dtype, block_size, total_blocks)
-        self._size = block_size
-        self._seen = [0] * total_blocks  # positions of a block, from its first, with the contents it has now
+        self._seen = Seen(total_blocks, block_size)
 
     @property
     def cache_bytes(self) -> int:
@@ -58,27 +57,19 @@ class Drafter:
 
     def written(self, blocks: Sequence[int], start: int, stop: int) -> None:
         """The positions start .. stop - 1 of a sequence get other contents."""
-        for index in range(start // self._size, -(-stop // self._size)):
-            offset = max(0, start - index * self._size)
-            self._seen[blocks[index]] = min(self._seen[blocks[index]], offset)
+        self._seen.written(blocks, start, stop)
 
     def follow(self, runs: Sequence[Run]) -> None:
         """See tokens of prompts as the model computes them, of those sequences that were seen so far."""
-        fresh = [run for run in runs if self._unseen(run.blocks, run.start + 1) == run.start]
-        if fresh:
+        if fresh := self._seen.next_to(runs):
             self._run(fresh)
 
     def guess(self, asks: Sequence[Ask]) -> list[list[int]]:
         """As many tokens for each of `asks` as it wants, at least one."""
-        starts = [self._unseen(ask.blocks, len(ask.tokens)) for ask in asks]
-        for ask, start in zip(asks, starts, strict=True):
-            for at in range(start, len(ask.tokens) - PIECE, PIECE):
-                self._run([Run(ask.tokens[at : at + PIECE], at, ask.blocks, 0)])
-        # The last token is run even where it was seen: its logits are wanted.
-        starts = [min(self._unseen(ask.blocks, len(ask.tokens)), len(ask.tokens) - 1) for ask in asks]
-        runs = [
-            Run(ask.tokens[start:], start, ask.blocks, 1) for ask, start in zip(asks, starts, strict=True)
-        ]
+        for ask in asks:
+            for piece in self._seen.missing(ask.tokens, ask.blocks)[:-1]:
+                self._run([piece])
+        runs = [self._seen.missing(ask.tokens, ask.blocks)[-1] for ask in asks]
         samplers = [ask.sampler.copy() if ask.sampler is not None else None for ask in asks]
         found: list[list[int]] = [[] for _ in asks]
         wanting = list(range(len(asks)))
@@ -95,21 +86,10 @@ class Drafter:
             ]
         return found
 
-    def _unseen(self, blocks: Sequence[int], stop: int) -> int:
-        """The first position of a sequence that was not seen, `stop` if all before it were."""
-        for index in range(-(-stop // self._size)):
-            if self._seen[blocks[index]] < self._size:
-                return min(stop, index * self._size + self._seen[blocks[index]])
-        return stop
-
     def _run(self, runs: Sequence[Run]) -> torch.Tensor | None:
         """fp32 logits [samples, V] at rank 0."""
         hidden = self._forward.hidden(self._batches.make(runs))
-        for run in runs:
-            stop = run.start + len(run.tokens)
-            for index in range(run.start // self._size, -(-stop // self._size)):
-                block, end = run.blocks[index], min(self._size, stop - index * self._size)
-                self._seen[block] = max(self._seen[block], end)
+        self._seen.run(runs)
         return self._forward.logits(hidden) if hidden.shape[0] else None
 
     def _sample(

@@ -8,7 +8,7 @@ guesses run along as further rows; what was computed for wrong guesses is writte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,6 +16,7 @@ from runtime.model.batch import BatchMaker, Run
 from runtime.model.communicator import Communicator
 from runtime.model.drafter import Ask, Drafter
 from runtime.model.forward import Batch, Forward, new_cache
+from runtime.model.guessing import with_guesses
 from runtime.model.shard import Shard
 from runtime.sampling.sampler import SamplerState, sample_ahead
 from runtime.sampling.score import score
@@ -90,28 +91,12 @@ class Runner:
     def _guess(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """The chunks with the guesses that the draft model is asked for."""
         sequences = [self._sequences[chunk.slot] for chunk in chunks]
-        both = list(zip(chunks, sequences, strict=True))
-        for chunk, sequence in both:
-            stop = chunk.start + chunk.length + len(chunk.drafts) + chunk.guesses
-            self._drafter.written(sequence.blocks, chunk.start, stop)
-        self._drafter.follow(
-            [
-                Run(
-                    sequence.tokens[chunk.start : chunk.start + chunk.length], chunk.start, sequence.blocks, 0
-                )
-                for chunk, sequence in both
-                if chunk.length > 1 and not chunk.scores
-            ]
-        )
-        asking = [i for i, chunk in enumerate(chunks) if chunk.guesses]
-        if not asking:
-            return list(chunks)
-        asks = [Ask(s.tokens, s.blocks, chunks[i].guesses, s.sampler) for i in asking if (s := sequences[i])]
-        found = dict(zip(asking, self._drafter.guess(asks), strict=True))
-        return [
-            replace(chunk, drafts=tuple(found[i]), guesses=0) if i in found else chunk
-            for i, chunk in enumerate(chunks)
-        ]
+
+        def ask(chunk: Chunk) -> Ask:
+            sequence = self._sequences[chunk.slot]
+            return Ask(sequence.tokens, sequence.blocks, chunk.guesses, sequence.sampler)
+
+        return with_guesses(chunks, sequences, self._drafter, ask)
 
     def _apply(self, plan: StepPlan) -> None:
         """What a plan says of slots and blocks, before anything is computed."""
