@@ -13,11 +13,9 @@ def open_draft(config: ModelConfig, opened: OpenModel, parallel: ParallelConfig)
     cannot guess for that model there, and as `open_model`."""
     if config.draft is None:
         return None
-    if opened.device != "cpu":
-        raise InvalidArgument("draft", "is possible on CPUs alone so far: give --device cpu, or no --draft")
     if parallel.pp > 1:
         raise InvalidArgument("draft", f"is not possible with --pp {parallel.pp}: give one or the other")
-    draft = open_model(ModelConfig(config.draft))
+    draft = open_model(ModelConfig(config.draft), opened.device)
     if draft.spec.vocab != opened.spec.vocab:
         raise InvalidArgument(
             "draft",

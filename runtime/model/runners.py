@@ -32,10 +32,10 @@ def make_runner(
     block_size: int,
     max_positions: int,
     pipe: Pipe | None = None,
-    draft: Shard | None = None,
+    draft=None,
 ) -> StepRunner:
     """shard: a `Shard` or a `GpuShard`; `pipe`: to the other stages, if the shard is of one (on a CPU);
-    `draft`: of a draft model (on a CPU, in one stage). Takes the memory for KV."""
+    `draft`: a shard of a draft model, of the same kind (in one stage). Takes the memory for KV."""
     settings = {"total_blocks": total_blocks, "block_size": block_size, "max_positions": max_positions}
     if pipe is not None:
         return StageRunner(shard, comm, pipe, **settings)
@@ -43,7 +43,7 @@ def make_runner(
         return Runner(shard, comm, **settings, draft=draft)
     from runtime.model.gpu.runner import GpuRunner  # brings Triton along
 
-    return GpuRunner(shard, comm, **settings)
+    return GpuRunner(shard, comm, **settings, draft=draft)
 
 
 def answers(runner: StepRunner) -> bool:

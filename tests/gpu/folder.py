@@ -10,10 +10,19 @@ from safetensors.torch import save_file
 
 
 def write_folder(
-    folder: Path, *, hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int
+    folder: Path,
+    *,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    ffn: int,
+    vocab: int,
+    seed: int = 1,
 ) -> Path:
     """Weights near 1 / sqrt(fan-in), fp16, to be served with `quantize="int4"` or as they are."""
-    draw = torch.Generator().manual_seed(1)
+    draw = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, cols: int) -> torch.Tensor:
         return (torch.randn(rows, cols, generator=draw) * cols**-0.5).half()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from runtime.config import ModelConfig
 from runtime.model.communicator import Alone, Communicator, Threads
+from runtime.model.gpu.forward import GpuBatch, GpuForward
 from runtime.model.gpu.runner import GpuRunner
-from runtime.model.gpu.shard import build_gpu_shard
+from runtime.model.gpu.shard import GpuShard, build_gpu_shard
+from runtime.model.gpu.steps import Steps
 from runtime.model.header import OpenModel, open_model
 from runtime.model.layout import shard_slices
 from runtime.model.units import rank_units
 from runtime.types import Chunk, SampledToken, SamplingParams, SequenceStart, StepPlan, StepResult
 from runtime.weights.loader import load
-from tests.gpu.device import DEVICE
+from tests.gpu.device import DEVICE, ON_GPU
 
+T = TypeVar("T")
 BLOCK = 16
 Reply = tuple[tuple[int, float, tuple], ...]
 
@@ -26,17 +30,53 @@ def opened(path: Path) -> OpenModel:
     return open_model(ModelConfig(str(path), quantize="int4" if path.is_dir() else None), "cuda")
 
 
-def runner(model: OpenModel, positions: int, sequences: int, comm: Communicator | None = None, **settings):
-    comm = comm or Alone()
+def shard_of(model: OpenModel, comm: Communicator) -> GpuShard:
+    """What a rank of the group holds of a model."""
     run = rank_units(len(model.units), comm.size)[comm.rank]
     loader = load(
         model.checkpoint, shard_slices(model.spec, model.units, run), threads=1, quantize=model.quantize
     )
-    shard = build_gpu_shard(model.spec, model.units, run, loader, device=DEVICE)
+    return build_gpu_shard(model.spec, model.units, run, loader, device=DEVICE)
+
+
+def runner(
+    model: OpenModel,
+    positions: int,
+    sequences: int,
+    comm: Communicator | None = None,
+    *,
+    draft: OpenModel | None = None,
+    **settings,
+) -> GpuRunner:
+    comm = comm or Alone()
     most = -(-positions // BLOCK)
     return GpuRunner(
-        shard, comm, total_blocks=most * sequences, block_size=BLOCK, max_positions=most * BLOCK, **settings
+        shard_of(model, comm),
+        comm,
+        total_blocks=most * sequences,
+        block_size=BLOCK,
+        max_positions=most * BLOCK,
+        draft=shard_of(draft, comm) if draft else None,
+        **settings,
     )
+
+
+class Replayed:
+    """What a CUDA graph does, step by step: it computes from the tensors it was captured with."""
+
+    def __init__(self, forward: GpuForward, batch: GpuBatch):
+        self.batch, self.graph, self._forward = batch, self, forward
+        self.logits = forward.logits(batch)
+
+    def replay(self) -> None:
+        self.logits.copy_(self._forward.logits(self.batch))
+
+
+def simulate_graphs(monkeypatch, steps: Steps) -> None:
+    """Where there is no GPU, steps in captured shapes, as if graphs ran them."""
+    if not ON_GPU:
+        steps.graphs = True
+        monkeypatch.setattr(steps, "capture", lambda batch: Replayed(steps.forward, batch))
 
 
 def replies(
@@ -90,25 +130,30 @@ def replies(
 
 def replies_of_ranks(model: OpenModel, tp: int, prompts: Sequence[Sequence[int]], length: int) -> list[Reply]:
     """The same by `tp` ranks that are threads of this process, on one device."""
+    return by_ranks(tp, lambda comm: replies(runner(model, 64, len(prompts), comm), prompts, length))[0]
+
+
+def by_ranks(tp: int, work: Callable[[Communicator], T]) -> list[T]:
+    """What `work` returns on each of `tp` ranks that are threads of this process."""
     comms = Threads.group(tp)
-    found: dict[int, list[Reply]] = {}
+    found: dict[int, T] = {}
     failed: list[BaseException] = []
 
-    def work(comm: Threads) -> None:
+    def run(comm: Threads) -> None:
         try:
-            found[comm.rank] = replies(runner(model, 64, len(prompts), comm), prompts, length)
+            found[comm.rank] = work(comm)
         except BaseException as error:  # told to the caller below
             failed.append(error)
             comm.close()
 
-    threads = [threading.Thread(target=work, args=(comm,)) for comm in comms]
+    threads = [threading.Thread(target=run, args=(comm,)) for comm in comms]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(240)
     if failed:
         raise failed[0]
-    return found[0]
+    return [found[rank] for rank in range(tp)]
 
 
 def guessed_replies(

@@ -16,7 +16,7 @@ from runtime.sampling.sampler import SamplerState, sample
 from runtime.types import Chunk, SamplingParams, SequenceStart, StepPlan
 from tests.gpu.device import ON_GPU
 from tests.gpu.folder import write_folder
-from tests.gpu.play import guessed_replies, opened, replies, replies_of_ranks, runner
+from tests.gpu.play import guessed_replies, opened, replies, replies_of_ranks, runner, simulate_graphs
 
 PROMPTS = ((5, 9, 33, 7, 1), (2, 60, 11), tuple(range(3, 20)))
 TYPES = {"*": "Q4_0", "attn_v": "Q8_0", "ffn_down": "Q5_0", "token_embd": "Q4_1", "output": "Q8_0"}
@@ -83,9 +83,7 @@ def test_guesses(model, monkeypatch) -> None:
     run = opened(model)
     want = replies(runner(run, 64, 3), PROMPTS, 4, params=params)
     made = runner(run, 64, 3)
-    if not ON_GPU:
-        made._graphs = True
-        monkeypatch.setattr(made, "_capture", lambda batch: Replayed(made.forward, batch))
+    simulate_graphs(monkeypatch, made.steps)
     assert guessed_replies(made, PROMPTS, want, params) == want
 
 
@@ -104,17 +102,6 @@ def test_scores(model) -> None:
         chunk = Chunk(0, at, length, blocks if at == 0 else (), False, scores=True)
         parts += run.execute(StepPlan(at, (), (start,) if at == 0 else (), (chunk,))).scores[0]
     assert tuple(parts) == tuple(whole)
-
-
-class Replayed:
-    """What a CUDA graph does, step by step: it computes from the tensors it was captured with."""
-
-    def __init__(self, forward, batch):
-        self.batch, self.graph, self._forward = batch, self, forward
-        self.logits = forward.logits(batch)
-
-    def replay(self) -> None:
-        self.logits.copy_(self._forward.logits(self.batch))
 
 
 class _HostSampler:

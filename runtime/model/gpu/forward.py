@@ -99,6 +99,8 @@ class GpuForward:
             if layer.gate is not None:
                 gated_linear(h, layer.gate, layer.up, inner)
             partials = self._product(inner, layer.down, self.sum_ffn)
+        if not len(batch.sampled):  # a prompt's piece, or tokens that a draft model follows
+            return new(0, spec.vocab, dtype=torch.float32) if self.comm.rank == 0 else None
         add_norm(residual, partials, None, spec.norm_eps, None)
         chosen = residual.index_select(0, batch.sampled)
         out = new(*chosen.shape)

@@ -111,39 +111,56 @@ class DeviceSampler:
         """Tokens int32 [M] for rows of logits fp32 [M, V] of `slots`, to stand at `positions`; each becomes
         its slot's newest. A token of -1: the row held no number to choose by. Rows outside `open_` (bool [M],
         None for all) choose nothing: CLOSED."""
-        chosen = [self._params[slot] for slot in slots]
-        if len(slots) > len(self._workspace.peaks):
-            self._workspace = Workspace.make(1 << len(slots).bit_length(), self._vocab, self._device)
-
-        def column(values: list, dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
-
-        settings = Settings(
-            column([p.temperature for p, _, _ in chosen], torch.float64),
-            column([p.top_k for p, _, _ in chosen], torch.int32),
-            column([p.top_p for p, _, _ in chosen], torch.float64),
-            column([p.min_p for p, _, _ in chosen], torch.float64),
-            column([_signed(p.seed or 0) for p, _, _ in chosen], torch.int64),
-            column(positions, torch.int64),
-            column([choice for _, choice, _ in chosen], torch.int32),
-        )
-        tokens = torch.empty(len(slots), dtype=torch.int32, device=self._device)
-        at = column(slots, torch.int64)
-        touched = any(touched for _, _, touched in chosen)
-        if touched:
-            states = column([s if t else -1 for s, (_, _, t) in zip(slots, chosen, strict=True)], torch.int64)
-            if open_ is not None:
-                states = torch.where(open_, states, -1)
-            logits = logits.clone()
-            adjust(logits, self._table, states)
-        sample(logits, settings, self._workspace, tokens)
-        if touched:
+        states = self._states(slots)
+        if states is not None and open_ is not None:
+            states = torch.where(open_, states, -1)
+        tokens = self._chosen(logits, slots, positions, states)
+        if states is not None:
             remember(tokens, self._table, states)
+        at = self._column(slots, torch.int64)
         if open_ is None:
             self.last.index_copy_(0, at, tokens)
             return tokens
         self.last.index_copy_(0, at, torch.where(open_, tokens, self.last.index_select(0, at)))
         return torch.where(open_, tokens, CLOSED)
+
+    def choose(self, logits: torch.Tensor, slots: list[int], positions: list[int]) -> torch.Tensor:
+        """As `sample`, and nothing is remembered: for guesses. Penalties count what was sampled alone, not
+        the guesses before; with penalties a guess may be wrong for that, which costs a row."""
+        return self._chosen(logits, slots, positions, self._states(slots))
+
+    def _states(self, slots: list[int]) -> torch.Tensor | None:
+        """int64 [M]: the rows of the table, -1 where it touches nothing; None if that is so of all."""
+        touched = [self._params[slot][2] for slot in slots]
+        if not any(touched):
+            return None
+        return self._column([s if t else -1 for s, t in zip(slots, touched, strict=True)], torch.int64)
+
+    def _chosen(
+        self, logits: torch.Tensor, slots: list[int], positions: list[int], states: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Tokens int32 [M] after adjusting a copy of the logits by `states`."""
+        chosen = [self._params[slot] for slot in slots]
+        if len(slots) > len(self._workspace.peaks):
+            self._workspace = Workspace.make(1 << len(slots).bit_length(), self._vocab, self._device)
+        settings = Settings(
+            self._column([p.temperature for p, _, _ in chosen], torch.float64),
+            self._column([p.top_k for p, _, _ in chosen], torch.int32),
+            self._column([p.top_p for p, _, _ in chosen], torch.float64),
+            self._column([p.min_p for p, _, _ in chosen], torch.float64),
+            self._column([_signed(p.seed or 0) for p, _, _ in chosen], torch.int64),
+            self._column(positions, torch.int64),
+            self._column([choice for _, choice, _ in chosen], torch.int32),
+        )
+        if states is not None:
+            logits = logits.clone()
+            adjust(logits, self._table, states)
+        tokens = torch.empty(len(slots), dtype=torch.int32, device=self._device)
+        sample(logits, settings, self._workspace, tokens)
+        return tokens
+
+    def _column(self, values: list, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
 
     def _grow(self, rows: int, entries: int, stops: int) -> None:
         """Make the table hold as much, keeping what it holds."""
