@@ -19,6 +19,8 @@ from runtime.cluster.versions import installed
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.types import EngineInfo
 
+LEAVE_SECONDS = 0.5  # for the last answers to reach whoever asked
+
 
 @dataclass(frozen=True, slots=True)
 class RankHello:
@@ -129,10 +131,11 @@ class RankActor:
         self._cache_bytes = runner.cache_bytes
         _spare_the_collector()
         try:
-            return run_rank(runner, self._rank, host, port, self._token)
+            return run_rank(runner, self._rank, host, port, self._token, _leave)
         finally:
             if self._mesh is not None:
                 self._mesh.close()
+            _leave()
 
     def memory(self) -> dict[str, int]:
         """Bytes of weights and KV, and of the whole process."""
@@ -209,6 +212,15 @@ class EngineActor:
                 connection.send("lost", detail)
             except WireError:
                 continue  # that gateway has gone already
+        _leave()
+
+
+def _leave() -> None:
+    """End this process in a moment. Ray does so too when the driver has ended; but on a node that was cut off
+    it hears of that a minute later, and the memory would be held for nothing."""
+    leaving = threading.Timer(LEAVE_SECONDS, os._exit, (0,))
+    leaving.daemon = True
+    leaving.start()
 
 
 def _spare_the_collector() -> None:

@@ -41,11 +41,14 @@ class Cluster:
         *,
         ray_address: str | None = None,
         progress: Callable[[str], None] | None = None,
+        waiting: Callable[[str], None] | None = None,
         leaves_ray: bool = False,
     ):
         """Raises TramontaneError, and leaves nothing behind, if the model cannot be brought up; with
-        `leaves_ray` nothing but Ray itself, which others of this process use too."""
+        `leaves_ray` nothing but Ray itself, which others of this process use too. `waiting` hears of what
+        Ray lacks (None: as of any other progress)."""
         say = progress or (lambda text: None)
+        self.lost = False  # for whoever has heard that it is: nobody is asked to end in order any more
         if ray_address is None:
             config = _on(config, resolve_device(config.parallel.device))
         opened = open_model(config.model)
@@ -67,7 +70,7 @@ class Cluster:
             config = _on(config, _device_of_cluster(config.parallel, waits=ray_address is not None))
             stage_layers(replace(opened, device=config.parallel.device), config.parallel.pp)
             host = "127.0.0.1" if ray_address is None else None
-            self._group = place(config.parallel, say)
+            self._group = place(config.parallel, waiting or say)
             say(f"starting {config.parallel.tp * config.parallel.pp} rank(s)")
             hellos = self._start(config.parallel, host)
             check_alike([hello.node for hello in hellos], [hello.versions for hello in hellos])
@@ -116,7 +119,7 @@ class Cluster:
     def close(self) -> None:
         """Stop the actors, and Ray if it was started here for them alone."""
         if ray.is_initialized():
-            if self._engine is not None:
+            if self._engine is not None and not self.lost:
                 with contextlib.suppress(ray.exceptions.RayError):  # gone already is what was wanted
                     ray.get(self._engine.stop.remote(), timeout=2)
                     if self._runs:  # ranks that leave by themselves take their files along

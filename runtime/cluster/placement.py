@@ -63,6 +63,7 @@ def place(
 def shortage(parallel: ParallelConfig, room: Room) -> str:
     """Why the ranks have no place, in words for people."""
     tp, ranks = parallel.tp, parallel.tp * parallel.pp
+    nodes = f"{len(room.node_gpus)} node{'s' if len(room.node_gpus) != 1 else ''}"
     if parallel.device == "cuda":
         if room.free_gpus < ranks:
             more = ranks - room.free_gpus
@@ -71,10 +72,11 @@ def shortage(parallel: ParallelConfig, room: Room) -> str:
         if places < parallel.pp:
             have = ", ".join(str(gpus) for gpus in room.node_gpus)
             return f"needs {parallel.pp} times {tp} GPUs in one node: its nodes have {have}"
-        return f"needs {tp} free GPUs in one node: {room.free_gpus} are free in {len(room.node_gpus)} nodes"
-    if room.free_cpus < SHARE * (ranks + 1):
-        return f"needs a share of a CPU: none of {len(room.node_gpus)} nodes has one free"
-    return f"needs nodes that take {ranks} ranks: {room.free_cpus:.3g} CPUs are free"
+        return f"needs {tp} free GPUs in one node: {room.free_gpus} are free in {nodes}"
+    needs = SHARE * (ranks + 1)
+    if room.free_cpus < needs:
+        return f"needs a share of {needs:.3g} CPUs: {room.free_cpus:.3g} free in {nodes}"
+    return f"needs nodes with room for {tp} each: {room.free_cpus:.3g} CPUs are free in {nodes}"
 
 
 def _bundles(parallel: ParallelConfig) -> list[dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections.abc import Callable
 
 from runtime.errors import TramontaneError
 from runtime.model.runners import StepRunner, answers
@@ -15,10 +16,19 @@ from runtime.wire.messages import Hello, WireError
 BEAT_SECONDS = 1.0
 
 
-def run_rank(runner: StepRunner, rank: int, host: str, port: int, token: str) -> str:
+def run_rank(
+    runner: StepRunner,
+    rank: int,
+    host: str,
+    port: int,
+    token: str,
+    gone: Callable[[], None] = lambda: None,
+) -> str:
     """A rank's life: join the engine, execute plans until it hangs up. Returns why it ended. `rank` counts
-    over all stages."""
+    over all stages. `gone` hears it, on another thread, when no heartbeat reaches the engine any
+    more, whatever a step may be waiting for."""
     connection = Connection.connect(host, port, Hello("rank", token, rank))
+    connection.expect_reader()  # the engine has a thread that does nothing else
     replies = answers(runner)
     ended = threading.Event()
 
@@ -27,7 +37,8 @@ def run_rank(runner: StepRunner, rank: int, host: str, port: int, token: str) ->
             try:
                 connection.send("beat", 0)
             except WireError:
-                return  # the main thread sees it too
+                gone()
+                return
 
     threading.Thread(target=beat, name="heartbeat", daemon=True).start()
     collector = _Collector(runner, connection) if _launches(runner) else None

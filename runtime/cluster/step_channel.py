@@ -1,6 +1,6 @@
 """The engine's end of the step channel: plans out, results back, over one TCP connection a rank.
 
-Ranks send a heartbeat every second whatever they compute. A rank that is silent for five, or hangs up, ends
+Ranks send a heartbeat every second whatever they compute. A rank that is silent for four, or hangs up, ends
 the group: a step cannot go on without any of its ranks, whatever their stage.
 """
 
@@ -14,7 +14,7 @@ from runtime.types import StepPlan, StepResult
 from runtime.wire.connection import Connection
 from runtime.wire.messages import Hello, WireError, encode
 
-SILENCE_SECONDS = 5.0
+SILENCE_SECONDS = 4.0
 JOIN_SECONDS = 120.0
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from runtime.commands.output import loading, working
+from runtime.commands.output import loading, log_line, working
 from runtime.commands.supervisor import Built, Say, Supervised
 from runtime.config import ModelConfig, ServeConfig
 from runtime.errors import InvalidArgument, Unavailable
@@ -193,7 +193,11 @@ def _build_local(config: ServeConfig, bar: Callable[[int, int], None], say: Say)
 def _build_remote(config: ServeConfig, ray_address: str | None, say: Say) -> _Remote:
     from runtime.cluster.launch import Cluster
 
-    return _Remote(Cluster(config, ray_address=ray_address, progress=say, leaves_ray=True))
+    def waiting(text: str) -> None:
+        say(text)
+        log_line(text)  # it may take long, and whoever reads a log is to know why
+
+    return _Remote(Cluster(config, ray_address=ray_address, progress=say, waiting=waiting, leaves_ray=True))
 
 
 async def _prove(client: EngineClient) -> None:
@@ -242,7 +246,9 @@ class _Remote:
             await client.close()
 
     async def lost(self, client: EngineClient) -> str:
-        return await client.wait_lost()
+        why = await client.wait_lost()
+        self._cluster.lost = True
+        return why
 
     def close(self) -> None:
         self._cluster.close()

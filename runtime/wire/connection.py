@@ -76,6 +76,10 @@ class Connection:
         """Bound each later `receive`; None waits for ever."""
         self._sock.settimeout(seconds)
 
+    def expect_reader(self) -> None:
+        """Take a peer that acknowledges nothing for LOST_SECONDS for lost: one that reads at any time."""
+        give_up_on_writes(self._sock)
+
     def close(self) -> None:
         """Hang up; a thread that waits in `receive` gets a WireError."""
         with contextlib.suppress(OSError):  # the peer was faster

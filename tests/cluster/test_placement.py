@@ -27,8 +27,9 @@ def test_what_is_missing_is_said_in_numbers(tp, pp, room, said):
     assert shortage(ParallelConfig(tp=tp, pp=pp, device="cuda"), room) == said
 
 
-def test_a_cluster_without_a_free_cpu_says_so():
-    assert "share of a CPU" in shortage(ParallelConfig(tp=2, device="cpu"), Room(0, 0.0, [0, 0]))
+def test_a_cluster_without_free_cpus_says_so():
+    said = shortage(ParallelConfig(tp=2, pp=2, device="cpu"), Room(0, 0.002, [0]))
+    assert said == "needs a share of 0.005 CPUs: 0.002 free in 1 node"
 
 
 def test_gpus_that_do_not_come_are_waited_for_and_then_refused(local_ray):
