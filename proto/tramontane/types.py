@@ -150,6 +150,7 @@ class Model:
     total_blocks: int
     max_num_seqs: int
     rank_nodes: tuple[str, ...]
+    pp: int = 1
 
 
 @dataclass(frozen=True, slots=True)

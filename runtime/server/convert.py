@@ -150,6 +150,7 @@ def model(info: EngineInfo, bos_id: int | None, eos_ids: tuple[int, ...]) -> inf
         total_blocks=info.total_blocks,
         max_num_seqs=info.max_num_seqs,
         rank_nodes=info.rank_nodes,
+        pp=info.pp,
     )
 
 

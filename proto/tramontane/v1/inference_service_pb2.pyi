@@ -67,7 +67,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "numerics", "context_length", "vocab_size", "bos_token_id", "eos_token_ids", "tp", "units", "block_size", "total_blocks", "max_num_seqs", "rank_nodes")
+    __slots__ = ("name", "numerics", "context_length", "vocab_size", "bos_token_id", "eos_token_ids", "tp", "units", "block_size", "total_blocks", "max_num_seqs", "rank_nodes", "pp")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class Model(_message.Message):
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     RANK_NODES_FIELD_NUMBER: _ClassVar[int]
+    PP_FIELD_NUMBER: _ClassVar[int]
     name: str
     numerics: str
     context_length: int
@@ -92,7 +93,8 @@ class Model(_message.Message):
     total_blocks: int
     max_num_seqs: int
     rank_nodes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., numerics: _Optional[str] = ..., context_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., bos_token_id: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., tp: _Optional[int] = ..., units: _Optional[int] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., rank_nodes: _Optional[_Iterable[str]] = ...) -> None: ...
+    pp: int
+    def __init__(self, name: _Optional[str] = ..., numerics: _Optional[str] = ..., context_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., bos_token_id: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., tp: _Optional[int] = ..., units: _Optional[int] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., rank_nodes: _Optional[_Iterable[str]] = ..., pp: _Optional[int] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()
