@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.model.gpu.sampler import DeviceSampler
-from runtime.types import SamplingParams, SequenceStart
+from runtime.model.gpu.shard import build_gpu_shard
+from runtime.types import Request, SamplingParams, SequenceStart
 from tests.gpu.device import DEVICE
 from tests.gpu.drafting import Played, play
 from tests.gpu.folder import write_folder
-from tests.gpu.play import by_ranks, opened, runner, simulate_graphs
+from tests.gpu.play import BLOCK, by_ranks, opened, runner, simulate_graphs
+from tests.replies import ask_all
 
 SHAPE = {"hidden": 64, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 64, "ffn": 64, "vocab": 260}
+BLOCK_BYTES = 2 * BLOCK * 2 * 2 * 64 * 2  # both models' keys and values, 2 heads of 64, fp16
 LENGTH = 6
 ASKED = (
     (tuple(range(3, 16)), SamplingParams(temperature=0.0, logprobs=2)),
@@ -58,11 +64,44 @@ def test_ranks_get_the_same_guesses(model, plain) -> None:
     assert first.right == first.tried == second.tried == second.right >= 3
 
 
-def test_another_model_changes_nothing(model, plain, tmp_path) -> None:
-    draft = opened(write_folder(tmp_path, **SHAPE, seed=2))
-    found = play(runner(opened(model), 64, 3, draft=draft), ASKED, LENGTH, guessing=(0, 1, 2))
-    assert found.replies == plain.replies
-    assert found.right < found.tried
+def test_an_engine_whose_guesses_are_wrong(model, plain, tmp_path, monkeypatch) -> None:
+    """By way of the loaders and the scheduler, as `serve` goes. KV is what is free once both models' weights
+    have taken theirs, and both keep theirs by the same blocks."""
+    pytest.importorskip("psutil", reason="the settings of an engine need it")
+    draft = write_folder(tmp_path, **SHAPE, seed=2)
+    happened = []
+
+    def build(spec, units, run, loaded, *, device):
+        happened.append("load")
+        return build_gpu_shard(spec, units, run, loaded, device=DEVICE)
+
+    def free() -> tuple[int, int]:
+        happened.append("measure")
+        return capacity.GPU_SPARE + 10 * BLOCK_BYTES, 80 << 30
+
+    from runtime import capacity, local
+
+    monkeypatch.setattr("runtime.model.gpu.shard.build_gpu_shard", build)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr(local, "resolve_device", lambda wanted: "cuda")
+    made = local.LocalEngine(
+        ModelConfig(str(model), quantize="int4", max_model_len=64, draft=str(draft)),
+        EngineConfig(block_size=BLOCK, max_num_seqs=3, draft_cost=0.0),
+        ParallelConfig(threads=1),
+    )
+    try:
+        requests = [
+            Request(str(i), tuple(prompt), replace(params, max_tokens=LENGTH))
+            for i, (prompt, params) in enumerate(ASKED)
+        ]
+        found = asyncio.run(ask_all(made.client, requests))
+        load = asyncio.run(made.client.load())
+    finally:
+        made.close()
+    assert happened == ["load", "load", "measure"]
+    assert made.config.total_blocks == 10
+    assert [tuple(zip(r.tokens, r.logprobs, r.tops, strict=True)) for r in found] == plain.replies
+    assert load.accepted_tokens < load.drafted_tokens
 
 
 def test_a_choice_that_is_not_remembered() -> None:
