@@ -5,8 +5,6 @@ Every failure is one line on standard error and an exit status: 1, or 2 where th
 (130 after Ctrl-C, 143 after SIGTERM before there was anything to drain). `--debug` shows the traceback.
 """
 
-import atexit
-import gc
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -505,7 +503,6 @@ def demo(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; its exit status."""
-    atexit.register(gc.freeze)  # the last collection takes a second where torch and Ray have been imported
     sys.stdout.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding lacks
     signal.signal(signal.SIGTERM, terminate)
     parser = typer.main.get_command(app)
