@@ -16,6 +16,20 @@ at six he writes down the height of the water, the wind and the number of ships,
 done since 1851. Nobody has ever asked to see the books, but there are forty of them, and they stand in a \
 row on a shelf behind his desk."""
 
+_SUN = """\
+The sun is a star at the center of our solar system. It is made mostly of hydrogen and helium, and it is \
+so large that more than a million planets the size of the Earth would fit inside it. Light from the sun \
+takes about eight minutes to reach the Earth. Without this light there would be no plants, no animals and \
+no people. The Earth travels around the sun once a year. The moon travels around the Earth once a month. \
+There are eight planets in the solar system. Mercury is the smallest planet, and it is the closest to the \
+sun. Venus is the hottest planet, because its thick clouds keep the heat from escaping. Mars is called \
+the red planet, because its soil is full of rust. Jupiter is the largest planet, and it has a great red \
+storm that is wider than the Earth. Saturn is known for its bright rings, which are made of ice and rock. \
+Uranus and Neptune are cold, dark and very far away. Beyond them there are many small, icy worlds, and \
+the best known of these is Pluto. People have sent machines to all of the planets, but they have walked \
+only on the moon. The first of them walked there in the summer of 1969, and the last of them in the \
+winter of 1972."""
+
 _ERRANDS = """\
 1. Buy two loaves of rye bread
 2. Return the library books
@@ -40,7 +54,8 @@ def save(path, records):
             lines.write(f"{name} = {value}\\n")"""
 
 COPY_HEAVY = {
-    "text, repeated": f"Repeat this text verbatim, word for word:\n\n{_HARBOUR}",
+    "text, repeated": f"Repeat this text verbatim, word for word:\n\n{_SUN}",
+    "text, proofread": f"Please fix any spelling mistakes in this text and change nothing else:\n\n{_SUN}",
     "list, repeated": f"Repeat this list word for word, with all of its lines:\n\n{_ERRANDS}",
 }
 OTHERS = {
