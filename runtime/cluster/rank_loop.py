@@ -13,7 +13,7 @@ from runtime.types import StepPlan
 from runtime.wire.connection import Connection
 from runtime.wire.messages import Hello, WireError
 
-BEAT_SECONDS = 1.0
+BEAT_SECONDS = 0.5
 
 
 def run_rank(

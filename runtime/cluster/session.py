@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 import ray
+from ray._private import worker
 
 from runtime.errors import Unavailable
 
@@ -32,6 +33,9 @@ def start_ray(address: str | None) -> bool:
         }
     else:
         options["address"] = address
+    # On standard output Ray tells each driver of nodes that it takes for dead; there is no option for it, and
+    # that place is for results.
+    worker.print_to_stdstream = lambda *args, **more: None
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """The engine's end of the step channel: plans out, results back, over one TCP connection a rank.
 
-Ranks send a heartbeat every second whatever they compute. A rank that is silent for four, or hangs up, ends
-the group: a step cannot go on without any of its ranks, whatever their stage.
+Ranks send heartbeats, two a second, whatever they compute. A rank that is silent for four seconds, or
+hangs up, ends the group: a step cannot go on without any of its ranks, whatever their stage.
 """
 
 from __future__ import annotations

@@ -54,9 +54,7 @@ def ray_head(repository: Path, cpus: int = 2) -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="tr", dir="/tmp"))  # short: the paths of sockets are limited
     log = folder / "head.log"
     port, dashboard, agent, client, metrics = free_ports(5)
-    environment = _environment(folder, repository) | {
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"
-    }
+    variables = environment(folder, repository) | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     command = [
         "ray", "start", "--head", "--block", "--num-cpus", str(cpus), "--object-store-memory", str(80 << 20),
         "--port", str(port), "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(agent),
@@ -64,12 +62,12 @@ def ray_head(repository: Path, cpus: int = 2) -> Iterator[Head]:
     ]  # fmt: skip
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=variables, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         wait_until(lambda: STARTED in log.read_text() or process.poll() is not None, 60)
         assert process.poll() is None, log.read_text()
-        yield Head(f"127.0.0.1:{port}", folder, environment)
+        yield Head(f"127.0.0.1:{port}", folder, variables)
     finally:
         stop(process)
         shutil.rmtree(folder, ignore_errors=True)
@@ -103,7 +101,7 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _environment(folder: Path, repository: Path) -> dict[str, str]:
+def environment(folder: Path, repository: Path) -> dict[str, str]:
     """`ray`, `tramontane` and `python` are those of this Python, installed or not."""
     programs = folder / "bin"
     programs.mkdir()
