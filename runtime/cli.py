@@ -110,25 +110,29 @@ def plan(
             help="GPUs of a node, as 8xH200: A100-40, A100-80, L40S, H100, H200 or B200.",
         ),
     ],
-    nodes: Annotated[int, typer.Option(help="Such nodes; a server stays within one.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Such nodes; stages (--pp) go one to a node.")] = 1,
+    network: Annotated[
+        float, typer.Option(metavar="GBITS", help="Gbit/s from one node to another, for stages.")
+    ] = 100.0,
     context: Annotated[
         int | None,
         typer.Option(help="Tokens of each user's prompt and reply. Default: 32768, or what the model takes."),
     ] = None,
-    users: Annotated[int, typer.Option(help="Replies at once, over all servers.")] = 64,
+    users: Annotated[int, typer.Option(help="Replies at once, over all replicas.")] = 64,
+    draft: Draft = None,
     quantize: Quantize = None,
     json: AsJson = False,
 ) -> None:
     """Say which layouts of a model fit some GPUs, and predict how fast they could be at most.
 
-    Reads the header alone and needs no GPU. Tensor parallel inside a node, as many servers as there is room
-    for; stages over several nodes (--pp) run on CPUs alone so far and are not planned. Rates are bounds, not
-    measured.
+    Reads the header alone and needs no GPU. Tensor parallel inside a node, stages over nodes, as many
+    replicas as there is room for; says which layouts serve refuses so far. A draft model's memory is counted,
+    what it gains is not. Rates are bounds, not measured.
     """
     from runtime.commands.plan import plan
 
-    settings = named_model(model, quantize=quantize)
-    plan(settings, gpus, nodes=nodes, context=context, users=users, as_json=json)
+    settings = named_model(model, draft=draft, quantize=quantize)
+    plan(settings, gpus, nodes=nodes, network=network, context=context, users=users, as_json=json)
 
 
 @command

@@ -50,20 +50,23 @@ class _Form:
         )
 
 
-def rank_footprint(opened: OpenModel, run: Span) -> Footprint:
-    """What the rank that holds units `run` keeps on its GPU."""
+def rank_footprint(opened: OpenModel, run: Span, layers: Span | None = None) -> Footprint:
+    """What the rank that holds units `run` of `layers` (None: of all) keeps on its GPU."""
     spec, mine = opened.spec, opened.units[run[0] : run[1]]
+    first_layer, last_layer = layers or (0, spec.layers)
+    embeds, ends = first_layer == 0, last_layer == spec.layers
     heads = [times(unit.heads, spec.head_dim) for unit in mine]
     first = times(RunShare.of(mine).heads, spec.head_dim)[0]
     held = embedding = weights = 0
-    for wanted in shard_slices(spec, opened.units, run):
+    for wanted in shard_slices(spec, opened.units, run, layers):
         info = opened.checkpoint.tensors[wanted.name]
         rows = wanted.rows[1] - wanted.rows[0]
         form = _form(info, wanted, opened.quantize)
         if wanted.name == "token_embd.weight":
-            embedding = _loaded_bytes(info, form, rows, spec.hidden)
-            held += embedding
-            if not spec.tied_head:
+            if embeds:
+                embedding = _loaded_bytes(info, form, rows, spec.hidden)
+                held += embedding
+            if not (spec.tied_head and ends):
                 continue
         elif info.rows == 1:
             held += 4 * info.cols  # norms and rope factors, in fp32

@@ -49,6 +49,9 @@ def _nvlink(gigabytes: float) -> Constant:
     return Constant(gigabytes * 1e9, "B/s", f"{DATASHEET}, NVLink")
 
 
+NETWORK_LATENCY = Constant(
+    100e-6, "s", f"{ASSUMED}: off a GPU, through sockets of TCP in one data centre, onto a GPU"
+)
 _ON_NVLINK = Constant(20e-6, "s", f"{ASSUMED}: NCCL over NVLink is published at 17-24 us, one-shot at 7-10")
 _ON_PCIE = Constant(40e-6, "s", f"{ASSUMED}: no NVLink, through PCIe")
 
