@@ -46,6 +46,16 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AccessConfig:
+    """Who may talk to the gateway. Names of files, read where the gateway runs; never what is in them."""
+
+    tls_cert: str | None = None  # PEM: the server's certificate, then those between it and its authority
+    tls_key: str | None = None  # PEM: its private key
+    tls_client_ca: str | None = None  # PEM: a client must show a certificate of one of these
+    auth_token_file: str | None = None  # a token a line; a call must bring one
+
+
+@dataclass(frozen=True, slots=True)
 class ServeConfig:
     model: ModelConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -53,3 +63,4 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_port: int | None = None  # None: no metrics
+    access: AccessConfig = field(default_factory=AccessConfig)

@@ -8,8 +8,10 @@ from tramontane.errors import (
     InvalidRequest,
     ModelNotFound,
     Overloaded,
+    Unauthenticated,
     Unavailable,
 )
+from tramontane.secret_files import BadFile
 from tramontane.streams import AsyncStream, Stream
 from tramontane.types import (
     Candidate,
@@ -29,6 +31,7 @@ from tramontane.types import (
 __all__ = [
     "AsyncClient",
     "AsyncStream",
+    "BadFile",
     "Cancelled",
     "Candidate",
     "Choice",
@@ -48,6 +51,7 @@ __all__ = [
     "ScoredToken",
     "Stream",
     "TokenLogprobs",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
 ]

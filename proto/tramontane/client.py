@@ -24,15 +24,16 @@ from typing import Unpack
 
 import grpc
 
+from tramontane import access
 from tramontane import messages as make
 from tramontane.errors import from_rpc
 from tramontane.gathered import GatheredScore
 from tramontane.messages import Messages, Options, Prompt
 from tramontane.retry import RESUMES, Retry
+from tramontane.secret_files import PathLike
 from tramontane.streams import AsyncStream, Stream
 from tramontane.types import Load, Model, Reply, Score
 from tramontane.v1 import inference_service_pb2 as pb
-from tramontane.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 # A stream may be silent for minutes while it waits or prefills; pings keep what lies between from
 # cutting it, and find out when the server is gone.
@@ -54,13 +55,31 @@ class Client:
 
     `timeout` of every call is in seconds, None for no limit; it covers waits and further calls. `resumes` is
     how often in a row, without anything new arriving, a reply is asked for again after UNAVAILABLE; 0 is
-    never. Raises errors.Error.
+    never.
+
+    `tls_ca` is a file of certificates (PEM): the channel is encrypted, and the server must have a certificate
+    of one of them for the target's name (`ipv4:` with several addresses has none: use `dns:///`). `tls_cert`
+    and `tls_key` are shown to a server that asks for a client's. `token` goes with every call, resumed ones
+    too, encrypted or not. Files are read once, here. Raises errors.Error.
     """
 
-    def __init__(self, target: str, *, resumes: int = RESUMES):
+    def __init__(
+        self,
+        target: str,
+        *,
+        resumes: int = RESUMES,
+        tls_ca: PathLike | None = None,
+        tls_cert: PathLike | None = None,
+        tls_key: PathLike | None = None,
+        token: str | None = None,
+    ):
         self._resumes = resumes
-        self._channel = grpc.insecure_channel(target, options=_CHANNEL)
-        self._stub = InferenceServiceStub(self._channel)
+        credentials = access.credentials(tls_ca, tls_cert, tls_key)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, options=_CHANNEL)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, options=_CHANNEL)
+        self._stub = access.stub(self._channel, token)
 
     def __enter__(self) -> Client:
         return self
@@ -167,10 +186,23 @@ class Client:
 class AsyncClient:
     """The same for asyncio: make it and use it within one event loop. See Client."""
 
-    def __init__(self, target: str, *, resumes: int = RESUMES):
+    def __init__(
+        self,
+        target: str,
+        *,
+        resumes: int = RESUMES,
+        tls_ca: PathLike | None = None,
+        tls_cert: PathLike | None = None,
+        tls_key: PathLike | None = None,
+        token: str | None = None,
+    ):
         self._resumes = resumes
-        self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL)
-        self._stub = InferenceServiceStub(self._channel)
+        credentials = access.credentials(tls_ca, tls_cert, tls_key)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, options=_CHANNEL)
+        self._stub = access.stub(self._channel, token)
 
     async def __aenter__(self) -> AsyncClient:
         return self

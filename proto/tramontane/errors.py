@@ -32,6 +32,10 @@ class Unavailable(Error):
     """No server answers there, it shuts down, or its engine is gone. Trying again may help."""
 
 
+class Unauthenticated(Error):
+    """The server wants a token, or another one."""
+
+
 class DeadlineExceeded(Error):
     """The call's timeout passed."""
 
@@ -45,6 +49,7 @@ _KINDS: dict[grpc.StatusCode, type[Error]] = {
     grpc.StatusCode.NOT_FOUND: ModelNotFound,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
 }

@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from runtime.commands.engines import Engine, Front, open_front, preview, start_engine
-from runtime.commands.output import write_json, write_line
+from runtime.commands.output import log_line, write_json, write_line
 from runtime.config import ServeConfig
 from runtime.errors import InvalidArgument, Unavailable
+from runtime.server.access import exposure, open_access
 from runtime.server.engine_client import EngineClient
 from runtime.server.lifecycle import Server, check_addresses
 from runtime.server.lifecycle import serve as start_server
@@ -29,6 +30,7 @@ def serve(config: ServeConfig, *, local: bool, ray_address: str | None, rebuilds
     Raises TramontaneError: what cannot be served, a busy port, the loss of the last replica.
     """
     front = check(config, rebuilds)
+    warn(config)
 
     def ready(facts: Mapping[str, Any]) -> None:
         announce(facts, as_json)
@@ -43,11 +45,18 @@ def serve(config: ServeConfig, *, local: bool, ray_address: str | None, rebuilds
 def check(config: ServeConfig, rebuilds: int) -> Front:
     """Refuse all that can be refused before weights are read. Raises TramontaneError."""
     check_addresses(config.host, config.port, config.metrics_port)
+    open_access(config.access)
     front = open_front(config.model, chat=True)
     preview(front, config)
     if rebuilds < 0:
         raise InvalidArgument("rebuilds", f"must be 0 or more, not {rebuilds}")
     return front
+
+
+def warn(config: ServeConfig) -> None:
+    """Say in a line that strangers may reach what is served, if they may."""
+    if (trouble := exposure(config.host, config.access)) is not None:
+        log_line(f"warning: {trouble}")
 
 
 async def serve_until(
@@ -64,7 +73,11 @@ async def serve_until(
         pipeline = front.pipeline(client, engine.info)
         await _first_step(pipeline)
         server = await start_server(
-            pipeline, host=config.host, port=config.port, metrics_port=config.metrics_port
+            pipeline,
+            host=config.host,
+            port=config.port,
+            metrics_port=config.metrics_port,
+            access=config.access,
         )
         signalled = asyncio.ensure_future(until(server))
         lost = asyncio.create_task(engine.lost(client))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +13,8 @@ from runtime.cluster import service
 from runtime.cluster.session import lasting_ray
 from runtime.commands.engines import preview, start_engine
 from runtime.commands.output import note, working, write_json, write_line
-from runtime.commands.serve import DRAIN_SECONDS, announce, check, serve_until
-from runtime.config import ServeConfig
+from runtime.commands.serve import DRAIN_SECONDS, announce, check, serve_until, warn
+from runtime.config import AccessConfig, ServeConfig
 from runtime.errors import InvalidArgument
 from runtime.server.lifecycle import Server
 
@@ -43,14 +45,22 @@ def detach(config: ServeConfig, *, ray_address: str, rebuilds: int, as_json: boo
     """Start a service named as its model is, print its address once it serves, and leave it running.
 
     Raises TramontaneError: as `serve` does, and where one of that name runs."""
+    config = dataclasses.replace(config, access=_from_anywhere(config.access))
     front = check(config, rebuilds)
     name = preview(front, config).model
     if not name.isprintable() or len(name) > 200:
         raise InvalidArgument("name", f"{name[:40]!r} is not a name for a service: give another with --name")
+    warn(config)
     with lasting_ray(), working(f"starting the service {name}"):
         facts = service.start_service(name, Serving(config, rebuilds), ray_address)
     announce(facts, as_json)
     note(f"it goes on by itself; end it with: tramontane stop {name}")
+
+
+def _from_anywhere(access: AccessConfig) -> AccessConfig:
+    """The same files as a process finds them that works in another folder."""
+    files = dataclasses.asdict(access)
+    return AccessConfig(**{name: file and os.path.abspath(file) for name, file in files.items()})
 
 
 def stop(name: str, *, ray_address: str) -> None:

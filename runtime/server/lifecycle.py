@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from runtime.config import AccessConfig
 from runtime.errors import InvalidArgument, NotEnough
+from runtime.server.access import Gate, open_access
 from runtime.server.engine_metrics import LoadReader
 from runtime.server.grpc_service import Admission, InferenceService
 from runtime.server.guard import Guard
@@ -52,24 +54,35 @@ async def serve(
     port: int = 50051,
     metrics_port: int | None = None,
     limits: Limits | None = None,
+    access: AccessConfig | None = None,
 ) -> "Server":
     """Start a server; port 0 takes any free one. With `metrics_port`, /metrics, /healthz and /readyz answer
-    there through HTTP.
+    there through HTTP, whatever `access` asks of gRPC's clients.
 
-    Raises NotEnough for a port that cannot be had, InvalidArgument for a host that is not of this machine.
+    Raises NotEnough for a port that cannot be had, InvalidArgument for a host that is not of this machine and
+    for files of `access` that cannot be used.
     """
-    limits = limits or Limits()
+    limits, config = limits or Limits(), access or AccessConfig()
     check_addresses(host, port, metrics_port)
+    may = open_access(config)
     metrics = Metrics(pipeline.info)
-    server = grpc.aio.server(interceptors=[Guard(metrics)], options=channel_options(limits))
+    guards = [Guard(metrics)] if may.tokens is None else [Gate(may.tokens, metrics), Guard(metrics)]
+    server = grpc.aio.server(interceptors=guards, options=channel_options(limits))
     service = InferenceService(pipeline, metrics, max_streams=limits.max_streams, max_lag=limits.max_lag)
     inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
     healths = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
     add_reflection(server, [SERVICE, health.SERVICE_NAME])
     try:
-        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if may.tls is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, may.tls)
     except RuntimeError:
+        if may.tls is not None:
+            check_addresses(host, port)  # else it is the certificate: gRPC knows fewer kinds than OpenSSL
+            raise InvalidArgument("tls-cert", f"{config.tls_cert}: gRPC does not take it") from None
         raise _busy(host, port) from None
     watch = None
     if metrics_port is not None:

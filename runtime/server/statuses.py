@@ -21,6 +21,10 @@ class SlowReader(TramontaneError):
     """A stream's reader fell further behind than a server can remember."""
 
 
+class Unauthenticated(TramontaneError):
+    """A call brought no token, or a wrong one."""
+
+
 class Cancelled(TramontaneError):
     """The engine ended the request because it was cancelled."""
 
@@ -72,6 +76,8 @@ def _classify(error: TramontaneError) -> tuple[grpc.StatusCode, str, list[Messag
             return grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER", [], []
         case Unavailable():
             return grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE", [], []
+        case Unauthenticated():
+            return grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", [], []
         case Cancelled():
             return grpc.StatusCode.CANCELLED, "CANCELLED", [], []
         case DeadlineExceeded():

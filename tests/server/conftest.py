@@ -12,17 +12,18 @@ from tramontane import Client
 
 @pytest.fixture(params=["blocking", "asyncio"])
 def talk(request):
-    """talk(engine, conversation): run `conversation(client)` against a server over `engine`."""
+    """talk(engine, conversation): run `conversation(client)` against a server over `engine`. `client` are
+    options of the client, the rest of the server."""
 
-    def run(engine, conversation, resumes=0, **options):
+    def run(engine, conversation, resumes=0, client=None, **options):
         async def go():
             async with serving(engine, **options) as running:
                 loop = asyncio.get_running_loop()
 
                 def visit():
                     make = Client if request.param == "blocking" else functools.partial(Twin, loop=loop)
-                    with make(running.target, resumes=resumes) as client:
-                        return conversation(client)
+                    with make(running.target, resumes=resumes, **client or {}) as talker:
+                        return conversation(talker)
 
                 return await asyncio.to_thread(visit)
 

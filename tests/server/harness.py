@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from runtime.config import AccessConfig
 from runtime.server.lifecycle import Limits, Server, serve
 from runtime.server.pipeline import Pipeline
 from tests.server.scripted import PieceTokenizer, ScriptedEngine, info_for
@@ -39,10 +40,11 @@ async def serving(
     ready=True,
     context_length=4096,
     metrics_port: int | None = None,
+    access: AccessConfig | None = None,
 ):
     tokenizer = PieceTokenizer()
     pipeline = Pipeline(tokenizer, None, engine, info_for(tokenizer, context_length))
-    server = await serve(pipeline, port=0, metrics_port=metrics_port, limits=limits)
+    server = await serve(pipeline, port=0, metrics_port=metrics_port, limits=limits, access=access)
     if ready:
         await server.ready()
     try:
