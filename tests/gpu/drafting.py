@@ -3,7 +3,7 @@ others run a plan ahead meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from runtime.model.gpu.runner import GpuRunner
@@ -24,19 +24,26 @@ class Played:
 class _Sequence:
     prompt: Sequence[int]
     params: SamplingParams
-    guesses: bool
+    guesses: list[int] | None  # how many to ask for, by turns; None: it never waits for its last token
     done: list[SampledToken] = field(default_factory=list)
     at: int = 0  # positions planned
     flying: int = 0  # plans that sample for it and were not collected
 
 
 def play(
-    run: GpuRunner, asked: Sequence[Asked], length: int, *, guessing: Sequence[int] = (), ahead: int = 0
+    run: GpuRunner,
+    asked: Sequence[Asked],
+    length: int,
+    *,
+    guessing: Mapping[int, Sequence[int]] | None = None,
+    ahead: int = 0,
 ) -> Played:
-    """A reply of `length` tokens to each prompt, which comes in chunks of up to 9. Sequences of `guessing`
-    ask for 0 to 3 guesses a step, by turns; the others have up to `ahead` plans more in flight than one."""
+    """A reply of `length` tokens to each prompt, which comes in chunks of up to 9. `guessing` says of some
+    how many guesses they ask for in each step after the first, none once that ends; they wait for their last
+    token. The others have up to `ahead` plans more in flight than one."""
     most = -(-(max(len(prompt) for prompt, _ in asked) + length) // BLOCK)
-    sequences = [_Sequence(prompt, params, slot in guessing) for slot, (prompt, params) in enumerate(asked)]
+    turns = {slot: list(counts) for slot, counts in (guessing or {}).items()}
+    sequences = [_Sequence(prompt, params, turns.get(slot)) for slot, (prompt, params) in enumerate(asked)]
     found = Played([])
     pending: list = []
     step = 0
@@ -45,7 +52,7 @@ def play(
         chunks, starts = [], []
         for slot, sequence in enumerate(sequences):
             prompt, known = sequence.prompt, len(sequence.done)
-            if known + sequence.flying == length or (sequence.guesses and sequence.flying):
+            if known + sequence.flying == length or (sequence.guesses is not None and sequence.flying):
                 continue
             blocks = ()
             if sequence.at == 0:
@@ -53,7 +60,7 @@ def play(
                 blocks = tuple(range(slot * most, (slot + 1) * most))
             count = min(9, max(1, len(prompt) - sequence.at))
             samples = sequence.at + count >= len(prompt)
-            wanted = min((step + slot) % 4, length - known - 1) if known and sequence.guesses else 0
+            wanted = min(sequence.guesses.pop(0), length - known - 1) if known and sequence.guesses else 0
             chunks.append(Chunk(slot, sequence.at, count, blocks, samples, guesses=wanted))
             sequence.at += count
             sequence.flying += samples
