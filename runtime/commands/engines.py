@@ -116,10 +116,16 @@ def preview(front: Front, config: ServeConfig) -> EngineInfo:
 
 @contextmanager
 def start_engine(
-    config: ServeConfig, *, local: bool, ray_address: str | None = None, rebuilds: int = 0
+    config: ServeConfig,
+    *,
+    local: bool,
+    ray_address: str | None = None,
+    rebuilds: int = 0,
+    hear: Say = lambda text: None,
 ) -> Iterator[Engine]:
     """An engine with its weights loaded, in this process or on Ray: all replicas of it behind one client.
-    One that is lost is built again, at most `rebuilds` times in a row. Raises TramontaneError."""
+    One that is lost is built again, at most `rebuilds` times in a row. `hear` is told, on any
+    thread, what is shown to whoever watches, whether or not anyone does. Raises TramontaneError."""
     replicas = config.parallel.replicas
 
     def make(build: Callable[[Say], Built], say: Say) -> Built:
@@ -130,19 +136,28 @@ def start_engine(
 
     with ExitStack() as stack:
         if local:
+            hear("importing torch")
             with working("importing torch"):
                 import runtime.local  # noqa: F401
             config = _divided(config, 1)
+            hear("loading weights")
             with loading("loading weights") as bar:
                 engine = make(partial(_build_local, config, bar), lambda text: None)
         else:
-            with working("importing Ray") as say:
+            with working("importing Ray") as show:
+
+                def say(text: str) -> None:
+                    show(text)
+                    hear(text)
+
+                hear("importing Ray")
                 from runtime.cluster import session
 
                 stack.enter_context(session.lasting_ray())
                 if ray_address is not None:
                     say(f"joining Ray at {ray_address}")
                     session.start_ray(ray_address)
+                    hear("joined Ray")
                 config = _divided(config, 1 if ray_address is None else session.hosts())
                 engine = make(partial(_build_remote, config, ray_address), say)
         stack.callback(engine.close)

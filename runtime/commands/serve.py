@@ -9,6 +9,7 @@ from typing import Any
 
 from runtime.commands.engines import Engine, Front, open_front, preview, start_engine
 from runtime.commands.output import log_line, write_json, write_line
+from runtime.commands.phases import Phases
 from runtime.config import ServeConfig
 from runtime.errors import InvalidArgument, Unavailable
 from runtime.server.access import exposure, open_access
@@ -29,16 +30,19 @@ def serve(config: ServeConfig, *, local: bool, ray_address: str | None, rebuilds
 
     Raises TramontaneError: what cannot be served, a busy port, the loss of the last replica.
     """
+    phases = Phases()
     front = check(config, rebuilds)
     warn(config)
 
     def ready(facts: Mapping[str, Any]) -> None:
-        announce(facts, as_json)
+        announce({**facts, "phases": phases.begun()}, as_json)
 
     async def until(server: Server) -> None:
         await server.run_until_signal(DRAIN_SECONDS)
 
-    with start_engine(config, local=local, ray_address=ray_address, rebuilds=rebuilds) as engine:
+    where = {"local": local, "ray_address": ray_address}
+    with start_engine(config, **where, rebuilds=rebuilds, hear=phases.begin) as engine:
+        phases.begin("gateway")
         asyncio.run(serve_until(front, engine, config, ready, until))
 
 

@@ -1,0 +1,23 @@
+"""When the phases of a start-up began: the ready line tells whoever waits for it where the time went."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+
+
+class Phases:
+    """Seconds since 1970, by what began then. The first is this process's start; of a replica that is built
+    again, the first time counts."""
+
+    def __init__(self) -> None:
+        self._began = {"process": psutil.Process().create_time(), "command": time.time()}
+
+    def begin(self, name: str) -> None:
+        """May be called by several threads."""
+        self._began.setdefault(name, time.time())
+
+    def begun(self) -> list[dict[str, str | float]]:
+        """In order, as the ready line has them."""
+        return [{"phase": name, "at": round(at, 3)} for name, at in tuple(self._began.items())]
