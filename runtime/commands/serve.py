@@ -35,6 +35,7 @@ def serve(config: ServeConfig, *, local: bool, ray_address: str | None, rebuilds
     warn(config)
 
     def ready(facts: Mapping[str, Any]) -> None:
+        phases.begin("serving")
         announce({**facts, "phases": phases.begun()}, as_json)
 
     async def until(server: Server) -> None:
@@ -87,7 +88,7 @@ async def serve_until(
         lost = asyncio.create_task(engine.lost(client))
         await server.ready()
         health = asyncio.create_task(_follow(server, client))
-        ready(_facts(server, engine.info, config.parallel.replicas))
+        ready(_facts(server, engine.info, config))
         await asyncio.wait([signalled, lost], return_when=asyncio.FIRST_COMPLETED)
         health.cancel()
         if lost.done() and not signalled.done():
@@ -118,19 +119,22 @@ async def _first_step(pipeline: Pipeline) -> None:
             raise Unavailable(f"the first forward step failed: {piece.final.detail}")
 
 
-def _facts(server: Server, info: EngineInfo, replicas: int) -> dict[str, Any]:
+def _facts(server: Server, info: EngineInfo, config: ServeConfig) -> dict[str, Any]:
     """What the ready line says."""
+    access = config.access
     host = f"[{server.host}]" if ":" in server.host else server.host
     return {
         "address": f"{host}:{server.port}",
         "host": server.host,
         "port": server.port,
         "metrics": None if server.metrics_port is None else f"http://{host}:{server.metrics_port}/metrics",
+        "tls": None if access.tls_cert is None else "server" if access.tls_client_ca is None else "mutual",
+        "tokens": access.auth_token_file is not None,
         "model": info.model,
         "numerics": info.numerics,
         "tp": info.tp,
         "pp": info.pp,
-        "replicas": replicas,
+        "replicas": config.parallel.replicas,
         "units": info.units,
         "context_length": info.context_length,
         "max_num_seqs": info.max_num_seqs,
