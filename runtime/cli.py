@@ -5,6 +5,7 @@ Every failure is one line on standard error and an exit status: 1, or 2 where th
 (130 after Ctrl-C, 143 after SIGTERM before there was anything to drain). `--debug` shows the traceback.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -45,11 +46,15 @@ from runtime.commands.options import (
     Stop,
     Target,
     Temperature,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TokenFile,
     TopK,
     TopP,
     Tp,
 )
-from runtime.config import EngineConfig, ParallelConfig, ServeConfig
+from runtime.config import AccessConfig, EngineConfig, ParallelConfig, ServeConfig
 from runtime.errors import InvalidArgument
 from runtime.types import SamplingParams
 
@@ -153,6 +158,21 @@ def serve(
             metavar="PORT", help="Also answer /metrics, /healthz and /readyz there through HTTP. Default: no."
         ),
     ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Speak TLS, with this certificate (PEM). Default: plaintext."),
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key (PEM).")] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Clients must show a certificate of one of these (PEM)."),
+    ] = None,
+    auth_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Calls must bring one of these tokens, one a line; health need not."
+        ),
+    ] = None,
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 64,
@@ -175,7 +195,8 @@ def serve(
     """Serve a model through gRPC until Ctrl-C or SIGTERM.
 
     Prints one line with the address once the model has answered its first token. When ranks are lost, replies
-    go on at another replica, or wait for theirs to be built again.
+    go on at another replica, or wait for theirs to be built again. Certificates and tokens are read again
+    when their files change.
     """
     from runtime.commands.serve import serve
 
@@ -194,6 +215,9 @@ def serve(
         host=host,
         port=port,
         metrics_port=metrics_port,
+        access=AccessConfig(
+            *(file and str(file) for file in (tls_cert, tls_key, tls_client_ca, auth_token_file))
+        ),
     )
     if detach:
         from runtime.commands.service import detach as leave_running
@@ -295,6 +319,10 @@ def generate(
 def chat(
     *,
     target: Target = "127.0.0.1:50051",
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
     message: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Ask this alone and end. Default: a conversation.")
     ] = None,
@@ -314,6 +342,7 @@ def chat(
 ) -> None:
     """Talk to a running server, or ask it one thing."""
     from runtime.commands.chat import chat
+    from runtime.commands.remote import Credentials
 
     if json and message is None:
         raise InvalidArgument("json", "is for one answer: give --message too")
@@ -326,7 +355,8 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    chat(target, message, system=system, params=params, as_json=json)
+    credentials = Credentials(tls_ca, tls_cert, tls_key, token_file)
+    chat(target, credentials, message, system=system, params=params, as_json=json)
 
 
 @command
@@ -336,6 +366,10 @@ def bench(
     ] = None,
     *,
     target: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="A running server.")] = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
     streams: Annotated[int, typer.Option(help="Replies at once, in the second part.")] = 16,
     prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt.")] = 64,
     max_tokens: Annotated[int, typer.Option(help="Length of each reply.")] = 128,
@@ -351,12 +385,13 @@ def bench(
 ) -> None:
     """Measure latency and throughput of a running server (--target) or of MODEL."""
     from runtime.commands.bench import Workload, bench_model, bench_target
+    from runtime.commands.remote import Credentials
 
     if (model is None) == (target is None):
         raise InvalidArgument("bench", "give one of MODEL and --target")
     work = Workload(streams, prompt_tokens, max_tokens, repeat)
     if target is not None:
-        bench_target(target, work, as_json=json)
+        bench_target(target, Credentials(tls_ca, tls_cert, tls_key, token_file), work, as_json=json)
         return
     config = ServeConfig(
         named_model(model, dtype=dtype, quantize=quantize),
@@ -392,6 +427,10 @@ def batch(
         list[str] | None,
         typer.Option(metavar="HOST:PORT", help="A running server. Several share the requests."),
     ] = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 64,
     max_tokens: Annotated[
         int | None, typer.Option(help="For requests that name none. Default: what the context leaves.")
@@ -418,12 +457,13 @@ def batch(
     Failures stand in their lines and stop nothing. The exit status is 0 where every request has a reply.
     """
     from runtime.commands.batch import Work, batch_model, batch_targets
+    from runtime.commands.remote import Credentials
 
     if (model is None) == (not target):
         raise InvalidArgument("batch", "give one of --model and --target")
     work = Work(requests, results, concurrency, max_tokens)
     if target:
-        batch_targets(target, work, as_json=json)
+        batch_targets(target, Credentials(tls_ca, tls_cert, tls_key, token_file), work, as_json=json)
         return
     config = ServeConfig(
         named_model(
@@ -509,6 +549,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; its exit status."""
     sys.stdout.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding lacks
     signal.signal(signal.SIGTERM, terminate)
+    # Else gRPC writes a line for every handshake that fails, and whoever tries a port could fill the log.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     parser = typer.main.get_command(app)
     try:
         return parser.main(args=arguments, prog_name="tramontane", standalone_mode=False) or 0

@@ -34,7 +34,7 @@ from runtime.commands.batch_lines import failure_line, form_of, parse, reply_lin
 from runtime.commands.engines import open_front, preview, start_engine
 from runtime.commands.failures import Terminated
 from runtime.commands.output import watched, write_json, write_line
-from runtime.commands.remote import check_target
+from runtime.commands.remote import Credentials, check_target
 from runtime.config import ServeConfig
 from runtime.errors import InvalidArgument, TramontaneError, Unavailable
 from tramontane.retry import RESUMES
@@ -88,10 +88,11 @@ def batch_model(
     _batch(work, engine, as_json)
 
 
-def batch_targets(targets: Sequence[str], work: Work, *, as_json: bool) -> None:
-    """Through running servers. Raises as batch_model does."""
+def batch_targets(targets: Sequence[str], credentials: Credentials, work: Work, *, as_json: bool) -> None:
+    """Through running servers, with the same credentials for all. Raises as batch_model does."""
     for target in targets:
         check_target(target)
+    files = credentials.read()
 
     @asynccontextmanager
     async def answerers() -> AsyncIterator[Sequence[Answer]]:
@@ -99,7 +100,7 @@ def batch_targets(targets: Sequence[str], work: Work, *, as_json: bool) -> None:
             # Where another server can take over, one that is gone is not waited for as long.
             resumes = RESUMES if len(targets) == 1 else SHARED_RESUMES
             clients = [
-                await stack.enter_async_context(tramontane.AsyncClient(each, resumes=resumes))
+                await stack.enter_async_context(tramontane.AsyncClient(each, resumes=resumes, **files))
                 for each in targets
             ]
             yield [by_client(client) for client in clients]
@@ -222,7 +223,7 @@ class _Run:
                 return
             try:
                 line, reply = await self._answer(value, alive[mine])
-            except (Unavailable, tramontane.Unavailable) as error:
+            except (Unavailable, tramontane.Unavailable, tramontane.Unauthenticated) as error:
                 self._again.append(value)
                 gone[mine] = error
                 return

@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager, aclosing
 
 import tramontane
 from runtime.commands.batch_lines import Ask, Failure, refusal
-from runtime.errors import InvalidArgument, NotFound, QueueFull, Unavailable
+from runtime.errors import InvalidArgument, NotFound, QueueFull, TramontaneError, Unavailable
 from runtime.server import convert
 from runtime.server.pipeline import Pipeline
 from runtime.types import FinishReason
@@ -21,7 +21,8 @@ from tramontane.gathered import Gathered
 from tramontane.types import Reply
 
 Answer = Callable[[Ask], Awaitable[Reply]]
-"""Raises Unavailable (either library's) where nobody is left to ask; other errors are the request's own."""
+"""Raises Unavailable (either library's) where nobody is left to ask, tramontane.Unauthenticated where nobody
+listens; other errors are the request's own."""
 Answerers = Callable[[], AbstractAsyncContextManager[Sequence[Answer]]]
 
 
@@ -62,7 +63,7 @@ def by_client(client: tramontane.AsyncClient) -> Answer:
 
 def retry_after(error: Exception) -> float | None:
     """Seconds after which a request may be made again; None where that would change nothing."""
-    if isinstance(error, Unavailable | tramontane.Unavailable):
+    if isinstance(error, Unavailable | tramontane.Unavailable | tramontane.Unauthenticated):
         raise error
     if isinstance(error, QueueFull | tramontane.Overloaded):
         return error.retry_after
@@ -82,4 +83,6 @@ def failure_of(error: Exception) -> Failure:
 
 
 def as_ours(ended: BaseException | None) -> BaseException | None:
+    if isinstance(ended, tramontane.Unauthenticated):
+        return TramontaneError(f"{ended.message}; --token-file names a file with one")
     return Unavailable(ended.message) if isinstance(ended, tramontane.Unavailable) else ended

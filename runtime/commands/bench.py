@@ -13,10 +13,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from runtime.commands.engines import open_front, preview, start_engine
 from runtime.commands.output import watched, write_json
-from runtime.commands.remote import check_target, one_line
+from runtime.commands.remote import Credentials, check_target, one_line
 from runtime.config import ServeConfig
 from runtime.errors import InvalidArgument, Unavailable
 from runtime.server.pipeline import Completion, Pipeline
@@ -51,11 +52,12 @@ class Trace:
         return [b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
-def bench_target(target: str, work: Workload, *, as_json: bool) -> None:
+def bench_target(target: str, credentials: Credentials, work: Workload, *, as_json: bool) -> None:
     """Measure a running server. Raises TramontaneError."""
     check_target(target)
+    files = credentials.read()
     with one_line(target):
-        result = asyncio.run(_bench_target(target, work))
+        result = asyncio.run(_bench_target(target, files, work))
     _report({"target": target} | result, as_json)
 
 
@@ -76,8 +78,8 @@ def bench_model(
     _report({"engine": "local" if local else "ray"} | result, as_json)
 
 
-async def _bench_target(target: str, work: Workload) -> dict:
-    async with AsyncClient(target, resumes=0) as client:  # a break is not to be measured
+async def _bench_target(target: str, files: dict[str, Any], work: Workload) -> dict:
+    async with AsyncClient(target, resumes=0, **files) as client:  # a break is not to be measured
         model = await client.model(timeout=10)
 
         async def ask(prompt: list[int], count: int) -> AsyncIterator[int]:

@@ -7,7 +7,7 @@ import sys
 import time
 
 from runtime.commands.output import note, write_json, write_line, write_text
-from runtime.commands.remote import check_target, one_line
+from runtime.commands.remote import Credentials, check_target, one_line
 from runtime.types import SamplingParams
 from tramontane import Client, InvalidRequest, Reply
 
@@ -15,14 +15,21 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops a
 
 
 def chat(
-    target: str, message: str | None, *, system: str | None, params: SamplingParams, as_json: bool
+    target: str,
+    credentials: Credentials,
+    message: str | None,
+    *,
+    system: str | None,
+    params: SamplingParams,
+    as_json: bool,
 ) -> None:
     """Answer `message`, or talk until the input ends. Raises TramontaneError."""
     check_target(target)
+    files = credentials.read()
     frame = [{"role": "system", "content": system}] if system else []
     options = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
     options["logit_bias"] = None
-    with Client(target) as client, one_line(target):
+    with Client(target, **files) as client, one_line(target):
         if message is None:
             _converse(client, frame, options)
             return

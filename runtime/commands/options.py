@@ -64,6 +64,23 @@ ChatTemplate = Annotated[
     Path | None, typer.Option(metavar="FILE", help="A Jinja chat template in place of the model's own.")
 ]
 Target = Annotated[str, typer.Option(metavar="HOST:PORT", help="A running server.")]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Certificates (PEM) that vouch for the server. Default: no TLS."),
+]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A certificate (PEM) to show to a server that asks for one."),
+]
+TlsKey = Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key (PEM).")]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="TRAMONTANE_TOKEN_FILE",
+        help="The token for a server that wants one, in the first line.",
+    ),
+]
 Temperature = Annotated[
     float, typer.Option(help="0 always takes the most likely token; 1 samples as the model was trained.")
 ]
