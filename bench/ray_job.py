@@ -202,21 +202,22 @@ def main() -> None:
     if arguments.runs < 1:
         parser.error("takes one run at least")
     options = ["--tp", str(arguments.tp), "--pp", str(arguments.pp), "--device", "cpu"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped then, too
     facts = about(("ray", "torch"))
-    runs = []
+    runs, loads = [], []
     with ray_head(max(2, os.cpu_count() or 1)) as head:
         for number in range(arguments.runs):
+            loads.append(round(os.getloadavg()[0], 2))
             events = measure(head, str(arguments.model.resolve()), options, f"bench-{number}")
             runs.append({name: round(seconds, 3) for name, seconds in durations(events).items()})
             print(f"run {number + 1} of {arguments.runs}: {sum(runs[-1].values()):.1f} s", file=sys.stderr)
     medians = {phase: round(statistics.median(run[phase] for run in runs), 3) for phase, _ in PHASES}
     totals = [round(sum(run.values()), 3) for run in runs]
-    load = round(os.getloadavg()[0], 2)
     result = facts | {
         "model": arguments.model.name,
         "tp": arguments.tp,
         "pp": arguments.pp,
-        "load_average_after": load,
+        "load_average_of_each_run": loads,  # of the minute before it: above the cores, others were at work
         "median_s": medians,
         "total_s": totals,
         "runs": runs,
