@@ -36,6 +36,7 @@ class Host:
     address: str  # where the other host reaches it
     front: str  # where clients on this machine reach it; the second host's leads nowhere
     folder: Path  # its temporary files
+    packages: Path  # what is installed here alone, on the path of every Python
     environment: dict[str, str]
 
     def start(self, *command: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
@@ -73,6 +74,10 @@ class Host:
         """up or down: the link to the other host."""
         _ip("-n", self.name, "link", "set", "peer", state)
 
+    @property
+    def cut(self) -> bool:
+        return "state UP" not in _ip("-n", self.name, "link", "show", "peer").stdout
+
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
@@ -88,17 +93,19 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         for index, name in enumerate(names):
             own = folder / "ab"[index]
             own.mkdir()
-            extra = {"TMPDIR": str(own), "NO_PROXY": "*"}
+            packages = own / "packages"
+            packages.mkdir()
             front = f"{net}.2" if index == 0 else "203.0.113.1"
-            variables = environment(own, REPOSITORY) | extra
-            hosts.append(Host(name, f"10.77.0.{index + 1}", front, own, variables))
+            variables = environment(own, REPOSITORY) | {"TMPDIR": str(own), "NO_PROXY": "*"}
+            variables["PYTHONPATH"] = os.pathsep.join([str(packages), variables["PYTHONPATH"]])
+            hosts.append(Host(name, f"10.77.0.{index + 1}", front, own, packages, variables))
         yield hosts[0], hosts[1]
     finally:
         for host in hosts:
             host.power_off()
+        _ip("link", "del", names[0], check=False)  # its other end goes with it
         for name in names:
-            if Path("/var/run/netns", name).exists():
-                _ip("netns", "del", name)
+            _ip("netns", "del", name, check=False)  # unless it was not made
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -107,12 +114,13 @@ def raylet(host: Host, head: Host, cpus: int = 1, env: dict[str, str] | None = N
     """Ray on a host, until the block ends or the host does; a cluster's head where both are the same."""
     place = ["--address", f"{head.address}:{RAY_PORT}"]
     if host is head:
-        place = ["--head", "--port", str(RAY_PORT), "--include-dashboard=false"]
+        place = ["--head", "--port", str(RAY_PORT), "--include-dashboard=false", "--no-monitor"]
     log = host.folder / "ray.log"
     with log.open("w") as out:
         process = host.start(
             "ray", "start", "--block", *place, "--node-ip-address", host.address, "--num-cpus", str(cpus),
             "--object-store-memory", str(80 << 20), "--temp-dir", str(host.folder / "ray"),
+            "--include-log-monitor=false",
             env=env, stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
