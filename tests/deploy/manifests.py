@@ -4,9 +4,11 @@ of the pods in them. Knows nothing of what is right."""
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ KUBERNETES = DEPLOY / "kubernetes"
 RENDERED = (
     "overlays/one-pod",
     "overlays/dev-cpu",
+    "overlays/dev-cpu-tls",
     "overlays/single-node-8gpu",
     "overlays/two-node",
     "overlays/two-node-monitored",
@@ -39,9 +42,18 @@ def tool(name: str) -> str:
 
 @functools.cache
 def rendered_text(folder: str) -> str:
-    done = subprocess.run(
-        [tool("kubectl"), "kustomize", str(KUBERNETES / folder)], capture_output=True, text=True
-    )
+    """What kustomize makes of a folder. "A + B" is the component B on top of A, as a user's own folder would
+    have it."""
+    with tempfile.TemporaryDirectory() as made:
+        path = KUBERNETES / folder
+        if " + " in folder:
+            path = Path(made).resolve()
+            below, component = (os.path.relpath(KUBERNETES / name, path) for name in folder.split(" + "))
+            (path / "kustomization.yaml").write_text(
+                "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: tramontane\n"
+                f"resources:\n  - {below}\ncomponents:\n  - {component}\n"
+            )
+        done = subprocess.run([tool("kubectl"), "kustomize", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, f"{folder}: {done.stderr}"
     return done.stdout
 

@@ -103,7 +103,9 @@ def test_ranks_and_gateway_see_the_same_files(folder):
                 assert mounts["/models"] == "models"
 
 
-@pytest.mark.parametrize("folder", ["overlays/dev-cpu", "overlays/single-node-8gpu", "overlays/two-node"])
+@pytest.mark.parametrize(
+    "folder", ["overlays/dev-cpu", "overlays/dev-cpu-tls", "overlays/single-node-8gpu", "overlays/two-node"]
+)
 def test_the_gateway_names_the_head(folder):
     """KubeRay names the Service of a cluster's head."""
     (cluster,) = of_kind(folder, "RayCluster")
@@ -117,6 +119,7 @@ def test_the_gateway_names_the_head(folder):
     ("folder", "nodes", "gpus"),
     [
         ("overlays/dev-cpu", 1, 0),
+        ("overlays/dev-cpu-tls", 1, 0),
         ("overlays/single-node-8gpu", 1, 8),
         ("overlays/two-node", 2, 8),
         ("rayjob", 1, 0),
@@ -159,7 +162,8 @@ def test_containers_have_no_rights(folder):
         assert pod.spec["enableServiceLinks"] is False
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod.spec)
         for volume in pod.spec["volumes"]:
-            assert set(volume) - {"name"} <= {"emptyDir", "persistentVolumeClaim"}
+            # Secrets are the gateway's alone: test_tls.py.
+            assert set(volume) - {"name"} <= {"emptyDir", "persistentVolumeClaim", "secret"}
             if volume.get("emptyDir", {}).get("medium") == "Memory":
                 assert volume["emptyDir"]["sizeLimit"]
         for container in pod.containers:

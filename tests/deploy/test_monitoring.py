@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 
 import grpc
 import pytest
-import yaml
 
 from runtime.types import FinishReason
-from tests.deploy.manifests import KUBERNETES, RENDERED, command_line, of_kind, pods, tool
+from tests.deploy.manifests import RENDERED, command_line, documents, of_kind, pods
 from tests.deploy.promql import TARGET_LABELS, known, mistakes
 from tests.deploy.schemas import errors
 from tests.support import REPOSITORY
@@ -219,24 +216,12 @@ def test_scaling_stays_within_the_room_there_is():
 @pytest.mark.parametrize(
     ("component", "base"), [(name, base) for name, bases in COMPONENTS.items() for base in bases]
 )
-def test_each_component_stands_alone(tmp_path, component, base):
+def test_each_component_stands_alone(component, base):
     """Whoever lacks one operator takes the others."""
-
-    def path(name):
-        return os.path.relpath(KUBERNETES / name, tmp_path.resolve())
-
-    (tmp_path / "kustomization.yaml").write_text(
-        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: tramontane\n"
-        f"resources:\n  - {path(base)}\ncomponents:\n  - {path('components/' + component)}\n"
-    )
-    done = subprocess.run(
-        [tool("kubectl"), "kustomize", str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    documents = list(yaml.load_all(done.stdout, Loader=yaml.CSafeLoader))
+    found = documents(f"{base} + components/{component}")
     foreign = {"servicemonitor": "ServiceMonitor", "alerts": "PrometheusRule", "keda": "ScaledObject"}
-    present = {document["kind"] for document in documents} & set(foreign.values())
+    present = {document["kind"] for document in found} & set(foreign.values())
     assert present == ({foreign[component]} if component in foreign else set())
-    for document in documents:
+    for document in found:
         assert errors(document) == []
         assert document["metadata"]["namespace"] == "tramontane"
