@@ -6,13 +6,15 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import trustme
 
 from runtime.cluster.service import services
 from tests.cli.command import refused, run
 from tests.cluster.test_cluster import actors, none_left
-from tramontane import Client, FinishReason
+from tramontane import Client, FinishReason, Unauthenticated
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -38,18 +40,29 @@ def until(condition, seconds: float = 30) -> None:
         time.sleep(0.1)
 
 
-def test_from_its_start_to_its_stop(local_ray, model):
+def test_from_its_start_to_its_stop(local_ray, model, tmp_path, monkeypatch):
+    """With TLS and a token, whose files are named as this process sees them."""
+    monkeypatch.chdir(tmp_path)
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path("ca.crt")
+    pair = authority.issue_cert("127.0.0.1")
+    pair.cert_chain_pems[0].write_to_path("tls.crt")
+    pair.private_key_pem.write_to_path("tls.key")
+    Path("tokens").write_text("0123456789abcdef\n")
     assert none_left()
     before = groups()
     arguments = [model, "--tp", "2", "--port", "0", "--detach", "--name", "mine"]
+    arguments += ["--tls-cert", "tls.crt", "--tls-key", "tls.key", "--auth-token-file", "tokens"]
     ready = run("serve", *arguments, "--json", *ON).json
     assert (ready["model"], ready["tp"], ready["replicas"], len(ready["ranks"])) == ("mine", 2, 1, 2)
     refused(run("serve", *arguments, *ON), "name: ", "'mine' runs already", "tramontane stop mine")
     assert run("services", "--json", *ON).json == {"mine": ready}
     assert run("services", *ON).out == f"mine  {ready['address']}  tp 2, 1 replica(s)\n"
 
+    with Client(ready["address"], resumes=0, tls_ca="ca.crt") as client, pytest.raises(Unauthenticated):
+        client.models(timeout=30)
     options = {"max_tokens": 300, "ignore_eos": True, "temperature": 0.8, "seed": 3, "logprobs": 0}
-    with Client(ready["address"], resumes=0) as client:
+    with Client(ready["address"], resumes=0, tls_ca="ca.crt", token="0123456789abcdef") as client:
         want = client.generate("x", timeout=90, **options)
         with client.stream_generate("x", timeout=90, **options) as stream:
             next(stream)
