@@ -153,22 +153,22 @@ def decode(
 
 def prefill(gpu: Gpu, shape: Shape, stages: Sequence[Stage], context: int, link: Link | None = None) -> float:
     """Seconds from a prompt of `context` tokens to its first token, alone on its replica, in steps of
-    STEP_ROWS rows, which follow each other through the stages. Attention is causal: half of all pairs."""
+    STEP_ROWS rows: one passes all stages, the others follow it through the slowest. Attention is causal: half
+    of all pairs."""
     steps = -(-context // STEP_ROWS)
     rows = min(context, STEP_ROWS)
 
-    def of(stage: Stage, rank: Rank) -> float:
-        product = max(
-            2 * rank.weights * context / gpu.flops.value, steps * rank.streamed / gpu.bandwidth.value
-        )
-        return product + 2 * rank.heads * shape.head_dim * context**2 * stage.layers / gpu.flops.value
+    def of(stage: Stage, rank: Rank, rows: int, steps: int) -> float:
+        product = max(2 * rank.weights * rows / gpu.flops.value, steps * rank.streamed / gpu.bandwidth.value)
+        return product + 2 * rank.heads * shape.head_dim * context * rows * stage.layers / gpu.flops.value
 
-    def a_step(stage: Stage) -> float:
+    def time(stage: Stage, rows_in_all: int, steps: int) -> float:
         wait = _exchange(gpu, shape, stage, rows, 1) + _transfer(shape, stage, rows, link)
-        return max(of(stage, rank) for rank in stage.ranks) / steps + wait
+        return max(of(stage, rank, rows_in_all, steps) for rank in stage.ranks) + steps * wait
 
-    times = [a_step(stage) for stage in stages]
-    return sum(times) + (steps - 1) * max(times)
+    whole = [time(stage, context, steps) for stage in stages]
+    first = [time(stage, rows, 1) for stage in stages]
+    return sum(first) + max(a - b for a, b in zip(whole, first, strict=True))
 
 
 def _exchange(gpu: Gpu, shape: Shape, stage: Stage, rows: int, sampled: int) -> float:
