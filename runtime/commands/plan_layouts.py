@@ -137,6 +137,7 @@ class Layouts:
         self._config = ModelConfig(opened.checkpoint.path, draft=draft)
         self._draft = open_draft(self._config, opened, ParallelConfig())
         self._counted: dict[tuple[int, int], _Counted] = {}
+        self._refused: dict[tuple[int, int], str | None] = {}  # asking reads the draft model's header
 
     def on(self, machines: Machines, context: int, users: int) -> list[Layout]:
         units = len(self._opened.units)
@@ -159,7 +160,10 @@ class Layouts:
 
     def draft_refused(self, tp: int, pp: int) -> str | None:
         """Why a layout cannot have the draft model, in the words of the code that opens it for serve."""
-        return _refusal(lambda: open_draft(self._config, self._opened, ParallelConfig(tp=tp, pp=pp)))
+        if (tp, pp) not in self._refused:
+            parallel = ParallelConfig(tp=tp, pp=pp)
+            self._refused[tp, pp] = _refusal(lambda: open_draft(self._config, self._opened, parallel))
+        return self._refused[tp, pp]
 
     def _layout(self, machines: Machines, tp: int, pp: int, context: int, users: int) -> Layout:
         spec, gpu = self._opened.spec, machines.gpu
