@@ -390,9 +390,11 @@ def bench(
     if (model is None) == (target is None):
         raise InvalidArgument("bench", "give one of MODEL and --target")
     work = Workload(streams, prompt_tokens, max_tokens, repeat)
+    credentials = Credentials(tls_ca, tls_cert, tls_key, token_file)
     if target is not None:
-        bench_target(target, Credentials(tls_ca, tls_cert, tls_key, token_file), work, as_json=json)
+        bench_target(target, credentials, work, as_json=json)
         return
+    credentials.unused()
     config = ServeConfig(
         named_model(model, dtype=dtype, quantize=quantize),
         EngineConfig(max_num_seqs=max(1, streams)),
@@ -462,9 +464,11 @@ def batch(
     if (model is None) == (not target):
         raise InvalidArgument("batch", "give one of --model and --target")
     work = Work(requests, results, concurrency, max_tokens)
+    credentials = Credentials(tls_ca, tls_cert, tls_key, token_file)
     if target:
-        batch_targets(target, Credentials(tls_ca, tls_cert, tls_key, token_file), work, as_json=json)
+        batch_targets(target, credentials, work, as_json=json)
         return
+    credentials.unused()
     config = ServeConfig(
         named_model(
             model,

@@ -30,6 +30,13 @@ class Credentials:
     tls_key: Path | None = None
     token_file: Path | None = None
 
+    def unused(self) -> None:
+        """For a command that asks no server. Raises InvalidArgument if certificates are named; a token's file
+        may be the environment's."""
+        for name in ("tls_ca", "tls_cert", "tls_key"):
+            if getattr(self, name) is not None:
+                raise InvalidArgument(name.replace("_", "-"), "is for a running server: give its --target")
+
     def read(self) -> dict[str, Any]:
         """As options of a tramontane.Client. Raises InvalidArgument naming the option and its file."""
         if (self.tls_cert is None) != (self.tls_key is None):

@@ -50,6 +50,11 @@ def test_clients_refuse_files(files, monkeypatch, command, arguments, fragments)
     refused(run(*command, "--target", "127.0.0.1:1", *arguments), *fragments)
 
 
+def test_certificates_are_for_a_server_that_runs(files, tiny):
+    refused(run("bench", str(tiny), "--tls-ca", "junk"), "tls-ca: ", "--target")
+    refused(run("batch", "in", "out", "--model", str(tiny), "--tls-key", "junk"), "tls-key: ", "--target")
+
+
 def test_the_token_file_has_a_variable(files, monkeypatch):
     monkeypatch.setenv("TRAMONTANE_TOKEN_FILE", str(files / "none"))
     refused(run("chat", "--message", "x", "--target", "127.0.0.1:1"), "token-file: ", "none: No such file")

@@ -42,16 +42,16 @@ def tool(name: str) -> str:
 
 @functools.cache
 def rendered_text(folder: str) -> str:
-    """What kustomize makes of a folder. "A + B" is the component B on top of A, as a user's own folder would
-    have it."""
+    """What kustomize makes of a folder. "A + B + C" is the components B and C on top of A, as a user's own
+    folder would have it."""
     with tempfile.TemporaryDirectory() as made:
         path = KUBERNETES / folder
         if " + " in folder:
             path = Path(made).resolve()
-            below, component = (os.path.relpath(KUBERNETES / name, path) for name in folder.split(" + "))
+            below, *components = (os.path.relpath(KUBERNETES / name, path) for name in folder.split(" + "))
             (path / "kustomization.yaml").write_text(
                 "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: tramontane\n"
-                f"resources:\n  - {below}\ncomponents:\n  - {component}\n"
+                f"resources:\n  - {below}\ncomponents: [{', '.join(components)}]\n"
             )
         done = subprocess.run([tool("kubectl"), "kustomize", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, f"{folder}: {done.stderr}"

@@ -13,7 +13,8 @@ import pytest
 
 from runtime.server import lifecycle
 from tests.deploy.commands import parse
-from tests.deploy.manifests import KUBERNETES, Pod, of_kind, pods
+from tests.deploy.manifests import KUBERNETES, Pod, documents, of_kind, pods
+from tests.deploy.schemas import errors
 from tests.deploy.test_names import SECRETS, served
 from tests.support import REPOSITORY
 
@@ -69,23 +70,23 @@ def test_the_server_finds_its_files_and_probes_the_server():
     assert mistakes(FOLDER, gateway(FOLDER)) == []
 
 
-def test_clients_must_show_a_certificate_with_mtls_alone():
+def test_the_overlay_has_both():
     (container,) = gateway(FOLDER).spec["containers"]
     assert parse(served(FOLDER, container))["tls_client_ca"] is not None
 
 
-@pytest.mark.parametrize("below", ["overlays/one-pod", "overlays/single-node-8gpu", "overlays/two-node"])
-def test_the_component_goes_on_top_of_others(below):
-    folder = f"{below} + components/tls"
+@pytest.mark.parametrize("mutual", [False, True])
+@pytest.mark.parametrize("below", ["overlays/one-pod", "overlays/single-node-8gpu", "lws"])
+def test_the_components_go_on_top_of_others(below, mutual):
+    folder = f"{below} + components/tls" + " + components/mtls" * mutual
     pod = gateway(folder)
     assert mistakes(folder, pod) == []
     (container,) = pod.spec["containers"]
-    assert parse(served(folder, container))["tls_client_ca"] is None
-    assert all(
-        port["appProtocol"] == "https"
-        for each in of_kind(folder, "Service")
-        for port in each["spec"]["ports"]
-    )
+    assert (parse(served(folder, container))["tls_client_ca"] is not None) == mutual
+    ports = [port for service in of_kind(folder, "Service") for port in service["spec"]["ports"]]
+    assert {port["appProtocol"] for port in ports} == {"https"}
+    for document in documents(folder):
+        assert errors(document) == []
 
 
 @pytest.mark.parametrize(

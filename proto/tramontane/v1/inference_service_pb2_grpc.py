@@ -35,6 +35,7 @@ class InferenceServiceStub:
     NOT_FOUND           no such model
     RESOURCE_EXHAUSTED  the queue is full: RetryInfo and the trailer `grpc-retry-pushback-ms` say when to
     try again; or the reader of a stream fell too far behind
+    UNAUTHENTICATED     the server wants the metadata `authorization: Bearer TOKEN`, or another token
     UNAVAILABLE         not ready yet, shutting down, or the engine is gone: try again, or elsewhere; with
     GenerateRequest.resume a stream that broke goes on where it was
     DEADLINE_EXCEEDED   the call's deadline passed
@@ -42,7 +43,7 @@ class InferenceServiceStub:
 
     A call's gRPC deadline is the request's deadline. Cancelling a call frees what it held.
     grpc.health.v1.Health answers for "" (the process lives) and "tramontane.v1.InferenceService" (the
-    model has passed a real forward step and takes requests).
+    model has passed a real forward step and takes requests), without a token always.
     """
 
     def __init__(self, channel):
@@ -96,6 +97,7 @@ class InferenceServiceServicer:
     NOT_FOUND           no such model
     RESOURCE_EXHAUSTED  the queue is full: RetryInfo and the trailer `grpc-retry-pushback-ms` say when to
     try again; or the reader of a stream fell too far behind
+    UNAUTHENTICATED     the server wants the metadata `authorization: Bearer TOKEN`, or another token
     UNAVAILABLE         not ready yet, shutting down, or the engine is gone: try again, or elsewhere; with
     GenerateRequest.resume a stream that broke goes on where it was
     DEADLINE_EXCEEDED   the call's deadline passed
@@ -103,7 +105,7 @@ class InferenceServiceServicer:
 
     A call's gRPC deadline is the request's deadline. Cancelling a call frees what it held.
     grpc.health.v1.Health answers for "" (the process lives) and "tramontane.v1.InferenceService" (the
-    model has passed a real forward step and takes requests).
+    model has passed a real forward step and takes requests), without a token always.
     """
 
     def Generate(self, request, context):
@@ -209,6 +211,7 @@ class InferenceService:
     NOT_FOUND           no such model
     RESOURCE_EXHAUSTED  the queue is full: RetryInfo and the trailer `grpc-retry-pushback-ms` say when to
     try again; or the reader of a stream fell too far behind
+    UNAUTHENTICATED     the server wants the metadata `authorization: Bearer TOKEN`, or another token
     UNAVAILABLE         not ready yet, shutting down, or the engine is gone: try again, or elsewhere; with
     GenerateRequest.resume a stream that broke goes on where it was
     DEADLINE_EXCEEDED   the call's deadline passed
@@ -216,7 +219,7 @@ class InferenceService:
 
     A call's gRPC deadline is the request's deadline. Cancelling a call frees what it held.
     grpc.health.v1.Health answers for "" (the process lives) and "tramontane.v1.InferenceService" (the
-    model has passed a real forward step and takes requests).
+    model has passed a real forward step and takes requests), without a token always.
     """
 
     @staticmethod
