@@ -5,9 +5,11 @@ Says what is missing while it waits, and refuses in the end rather than hang.
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -16,6 +18,8 @@ from runtime.config import ParallelConfig
 from runtime.errors import NotEnough
 
 PLACE_SECONDS = 60.0
+NOTICE_SECONDS = 70.0  # a node that says nothing any more Ray gives up after 64 s, unless told otherwise
+LOOK_SECONDS = 0.5
 SHARE = 0.001  # CPUs an actor: ranks divide the cores by threads; whole-core bundles would not place
 
 
@@ -43,6 +47,7 @@ def place(
 
     Raises NotEnough that says what is missing, having given back what was asked for.
     """
+    _await_answers(say)
     group = placement_group(_bundles(parallel), strategy="SPREAD" if parallel.pp > 1 else "STRICT_PACK")
     try:
         end = time.monotonic() + seconds
@@ -58,6 +63,32 @@ def place(
         remove_placement_group(group)
         raise
     return group
+
+
+def _await_answers(say: Callable[[str], None]) -> None:
+    """Wait until all nodes that Ray believes in can be reached: it would place ranks on one that is gone, and
+    not take them back even after it has noticed."""
+    end = time.monotonic() + NOTICE_SECONDS
+    said: list[str] = []
+    while (silent := unreachable(ray.nodes())) and time.monotonic() < end:
+        if silent != said:
+            said = silent
+            say(f"waiting for Ray: {', '.join(silent)} cannot be reached, which Ray has yet to notice")
+        time.sleep(LOOK_SECONDS)
+
+
+def unreachable(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Addresses of nodes (as ray.nodes() has them) that offer something, are taken to live, and cannot be
+    dialled."""
+    silent = []
+    for node in nodes:
+        if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU")):
+            address = node["NodeManagerAddress"]
+            try:
+                socket.create_connection((address, node["NodeManagerPort"]), timeout=LOOK_SECONDS).close()
+            except OSError:
+                silent.append(address)
+    return silent
 
 
 def shortage(parallel: ParallelConfig, room: Room) -> str:

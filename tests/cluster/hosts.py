@@ -27,7 +27,7 @@ from tests.deploy.cluster import STARTED, environment, wait_until
 from tests.support import REPOSITORY
 
 RAY_PORT = 6379
-ACTORS = ("ray::RankActor", "ray::EngineActor")
+OURS = ("ray::RankActor", "ray::EngineActor", "runtime.cli", "template_worker")
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,11 @@ def raylet(host: Host, head: Host, cpus: int = 1, env: dict[str, str] | None = N
 
 
 def nothing_left(*hosts: Host, seconds: float = 6.0) -> float:
-    """Wait until no actor of ours lives on the hosts and no file of ours lies there; the seconds it took."""
+    """Wait until no process of ours lives on the hosts and no file of ours lies there; the seconds it took."""
     begun = time.monotonic()
 
     def left() -> list[str]:
-        lines = [f"{host.name}: {p.pid}" for host in hosts for p in host.processes(*ACTORS)]
+        lines = [f"{host.name}: {p.pid}" for host in hosts for p in host.processes(*OURS)]
         return lines + [str(path) for host in hosts for path in host.folder.rglob("tramontane-*")]
 
     while found := left():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import time
 
 import pytest
 
-from runtime.cluster.placement import Room, place, shortage
+from runtime.cluster.placement import Room, place, shortage, unreachable
 from runtime.cluster.versions import check_alike, installed
 from runtime.config import ParallelConfig
 from runtime.errors import NotEnough, Unavailable
@@ -30,6 +31,20 @@ def test_what_is_missing_is_said_in_numbers(tp, pp, room, said):
 def test_a_cluster_without_free_cpus_says_so():
     said = shortage(ParallelConfig(tp=2, pp=2, device="cpu"), Room(0, 0.002, [0]))
     assert said == "needs a share of 0.005 CPUs: 0.002 free in 1 node"
+
+
+def test_nodes_that_are_only_believed_to_live_are_found():
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        port = there.getsockname()[1]
+        here = {
+            "Alive": True,
+            "NodeManagerAddress": "127.0.0.1",
+            "NodeManagerPort": port,
+            "Resources": {"CPU": 1.0},
+        }
+        gone = here | {"NodeManagerAddress": "127.0.0.2"}
+        others = [gone | {"Alive": False}, gone | {"Resources": {"memory": 1.0}}]
+        assert unreachable([here, gone, *others]) == ["127.0.0.2"]
 
 
 def test_gpus_that_do_not_come_are_waited_for_and_then_refused(local_ray):

@@ -27,6 +27,7 @@ from tests.cluster.observer import Observer
 from tests.deploy.cluster import wait_until
 from tests.replies import Reply
 from tests.rule.engines import plain_replies
+from tests.support import fixture_path
 from tramontane import Client
 from tramontane.errors import Unavailable
 
@@ -149,6 +150,15 @@ def model(tiny) -> Path:
 
 
 @pytest.fixture(scope="module")
+def stories(model) -> Path:
+    """A real model, small as it is, where the fixtures are there."""
+    try:
+        return fixture_path("stories260K/stories260K.f32.gguf")
+    except pytest.skip.Exception:
+        return model
+
+
+@pytest.fixture(scope="module")
 def want(model) -> Reply:
     """What one local rank says."""
     params = SamplingParams(max_tokens=LONG, logprobs=1, **SAMPLING)
@@ -214,12 +224,12 @@ def test_a_stream_waits_for_its_node_and_goes_on(pair, model, want):
     all_given_back(pair)
 
 
-def test_a_batch_over_both_nodes_comes_to_its_end(pair, model, tmp_path):
+def test_a_batch_over_both_nodes_comes_to_its_end(pair, stories, tmp_path):
     pair.join()
     lines = [{"custom_id": f"r{i}", "prompt": "In an age" * (i % 3 + 1), "seed": i} for i in range(40)]
     asked = tmp_path / "in.jsonl"
     asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    batch = ["--model", str(model), "--max-tokens", "5"]
+    batch = ["--model", str(stories), "--max-tokens", "5"]
     there = pair.command("batch", str(asked), str(tmp_path / "two.jsonl"), *batch, "--pp", "2", *pair.ray)
     alone = run("batch", str(asked), str(tmp_path / "one.jsonl"), *batch, "--local")
     done = finish(there)
