@@ -33,7 +33,7 @@ def read_authorities(field: str, file: PathLike) -> bytes:
     pem = _read(field, file)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii", "ignore"))
-    except ssl.SSLError:
+    except (ssl.SSLError, ValueError):  # the latter where there is nothing at all
         raise BadFile(field, file, "holds no certificate in PEM") from None
     return pem
 
