@@ -67,6 +67,7 @@ def random_shard(spec: ModelSpec, device: str = "cuda") -> GpuShard:
         spec,
         units,
         (0, count),
+        (0, spec.layers),
         torch.device(device),
         torch.randn(spec.vocab, spec.hidden, device=device).half(),
         (0, spec.vocab),

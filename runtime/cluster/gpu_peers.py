@@ -1,4 +1,5 @@
-"""The exchanges of ranks on GPUs: symmetric memory for small payloads where there is such, NCCL for the rest.
+"""The exchanges of a stage's ranks on GPUs: symmetric memory for small payloads where there is such, NCCL for
+the rest.
 
 Payloads are bytes on the device. NCCL moves whole buffers of one size, so those that differ are padded; what
 is added to what stays with the caller, who adds in the tree's order: nothing is reduced here. Not verified
@@ -25,7 +26,11 @@ class GpuCommunicator:
         self._host = host
         self._device = torch.device(device)
         try:
-            self._group = dist.new_group(backend=backend)
+            # Every rank has a part in making every stage's group, in the same order.
+            for first in range(0, host.mesh.size, host.size):
+                group = dist.new_group(list(range(first, first + host.size)), backend=backend)
+                if first == host.first:
+                    self._group = group
         except (RuntimeError, ValueError) as error:
             raise Unavailable(f"rank {self.rank}: {backend} does not start: {_line(error)}") from None
         self._small = None
@@ -49,8 +54,10 @@ class GpuCommunicator:
         moves = []
         for step in range(1, self.size):
             to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
-            moves.append(dist.P2POp(dist.isend, outgoing[to].contiguous(), to, self._group))
-            moves.append(dist.P2POp(dist.irecv, arrived[source], source, self._group))
+            moves.append(
+                dist.P2POp(dist.isend, outgoing[to].contiguous(), self._host.first + to, self._group)
+            )
+            moves.append(dist.P2POp(dist.irecv, arrived[source], self._host.first + source, self._group))
         moves = [move for move in moves if move.tensor.numel()]
         works = self._call(dist.batch_isend_irecv, moves, group=False) if moves else []
         for work in works:

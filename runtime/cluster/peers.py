@@ -26,7 +26,7 @@ class SocketCommunicator:
         self.mesh = mesh
         self.size = mesh.size if size is None else size
         self.rank = mesh.rank - first
-        self._first = first
+        self.first = first
 
     def close(self) -> None:
         self.mesh.close()
@@ -81,13 +81,13 @@ class SocketCommunicator:
     def _large(self, peer: int, outgoing: torch.Tensor, incoming: torch.Tensor) -> list[dist.Work]:
         works = []
         if outgoing.numel():
-            works.append(self.mesh.send_large(self._first + peer, outgoing))
+            works.append(self.mesh.send_large(self.first + peer, outgoing))
         if incoming.numel():
-            works.append(self.mesh.receive_large(self._first + peer, incoming))
+            works.append(self.mesh.receive_large(self.first + peer, incoming))
         return works
 
     def _send(self, peer: int, payload: torch.Tensor) -> None:
-        self.mesh.send(self._first + peer, payload)
+        self.mesh.send(self.first + peer, payload)
 
     def _receive(self, peer: int, size: int) -> torch.Tensor:
-        return self.mesh.receive(self._first + peer, size)
+        return self.mesh.receive(self.first + peer, size)

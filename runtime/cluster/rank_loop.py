@@ -68,8 +68,8 @@ def run_rank(
 
 
 def _launches(runner: StepRunner) -> bool:
-    """Whether plans can be started before the last one's tokens are known: on a GPU without peers."""
-    return hasattr(runner, "launch") and runner.comm.size == 1
+    """Whether plans can be started before the last one's tokens are known: on a GPU that is alone."""
+    return hasattr(runner, "launch") and runner.comm.size == 1 and not hasattr(runner, "pipe")
 
 
 class _Collector:

@@ -43,7 +43,7 @@ def load_shard(
     if model.device == "cuda":
         from runtime.model.gpu.shard import build_gpu_shard  # brings Triton along
 
-        shard = build_gpu_shard(model.spec, model.units, run, loader, device="cuda")
+        shard = build_gpu_shard(model.spec, model.units, run, loader, device="cuda", layers=layers)
     else:
         dtype = DTYPES[model.dtype]
         shard = build_shard(

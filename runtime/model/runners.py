@@ -34,15 +34,18 @@ def make_runner(
     pipe: Pipe | None = None,
     draft=None,
 ) -> StepRunner:
-    """shard: a `Shard` or a `GpuShard`; `pipe`: to the other stages, if the shard is of one (on a CPU);
+    """shard: a `Shard` or a `GpuShard`; `pipe`: to the other stages, if the shard is of one;
     `draft`: a shard of a draft model, of the same kind (in one stage). Takes the memory for KV."""
     settings = {"total_blocks": total_blocks, "block_size": block_size, "max_positions": max_positions}
-    if pipe is not None:
-        return StageRunner(shard, comm, pipe, **settings)
     if isinstance(shard, Shard):
+        if pipe is not None:
+            return StageRunner(shard, comm, pipe, **settings)
         return Runner(shard, comm, **settings, draft=draft)
     from runtime.model.gpu.runner import GpuRunner  # brings Triton along
+    from runtime.model.gpu.stage_runner import GpuStageRunner
 
+    if pipe is not None:
+        return GpuStageRunner(shard, comm, pipe, **settings)
     return GpuRunner(shard, comm, **settings, draft=draft)
 
 

@@ -9,7 +9,6 @@ yet; so as many stages work at once as there are plans in flight.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -18,8 +17,8 @@ from runtime.model.communicator import Communicator
 from runtime.model.pipe import Pipe
 from runtime.model.runner import Runner, _Sequence
 from runtime.model.shard import Shard
-from runtime.model.units import Span
-from runtime.types import Chunk, SequenceStart, StepPlan, StepResult
+from runtime.model.stage_link import StageLink
+from runtime.types import SequenceStart, StepPlan, StepResult
 
 Observe = Callable[[int, float, float], None]
 """Sees a step's number and when its work began and ended here (monotonic seconds), waits left out."""
@@ -33,8 +32,7 @@ class StageRunner(Runner):
         super().__init__(shard, comm, **settings)
         self.pipe = pipe
         self.observe: Observe | None = None
-        # Who sampled in each plan whose tokens this stage was not told yet, oldest first.
-        self._untold: deque[list[_Sequence]] = deque()
+        self._link = StageLink(pipe, comm)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -42,27 +40,27 @@ class StageRunner(Runner):
         self._apply(plan)
         if not plan.chunks:
             return StepResult(plan.step, ())
-        pipe, forward = self.pipe, self.forward
+        pipe, link, forward = self.pipe, self._link, self.forward
         if not pipe.last:
-            self._catch_up(plan.chunks)
+            link.catch_up([(self._sequences[c.slot].tokens, c.start + c.length) for c in plan.chunks])
         began = time.monotonic()
         batch = self._batch(plan.chunks)
         if pipe.stage == 0:
             x = forward.embed(batch.tokens)
         else:
             waited = time.monotonic()
-            x = self._receive(batch.tokens.shape[0])
+            x = link.receive(batch.tokens.shape[0], forward.shard.spec.hidden)
             began += time.monotonic() - waited
         x = forward.layers(x, batch)
         chosen = [chunk for chunk in plan.chunks if chunk.samples]
         if pipe.last:
             result = self._conclude(plan.step, plan.chunks, forward.normalised(x, batch))
             if chosen:
-                self._tell(chosen, result)
+                link.tell(chosen, result)
         else:
-            self._send(x)
+            link.send(x)
             if chosen:
-                self._untold.append([self._sequences[chunk.slot] for chunk in chosen])
+                link.expect([self._sequences[chunk.slot].tokens for chunk in chosen])
             result = StepResult(plan.step, ())
         if self.observe is not None:
             self.observe(plan.step, began, time.monotonic())
@@ -72,42 +70,3 @@ class StageRunner(Runner):
         if self.pipe.last:
             return super()._begin(start)
         return _Sequence(list(start.tokens), None, start.params.logprobs is not None)
-
-    def _send(self, x: torch.Tensor) -> None:
-        """Give the next stage this rank's share of x [M, H], which all ranks of a stage hold whole."""
-        start, stop = _cuts(x.numel(), self.comm.size)[self.comm.rank]
-        self.pipe.send(x.view(-1)[start:stop])
-
-    def _receive(self, rows: int) -> torch.Tensor:
-        """fp32 [rows, H] of the stage before: a link between nodes carries it once, not once a rank."""
-        width = self.forward.shard.spec.hidden
-        cuts = _cuts(rows * width, self.comm.size)
-        share = self.pipe.receive(cuts[self.comm.rank][1] - cuts[self.comm.rank][0])
-        if self.comm.size == 1:
-            return share.view(rows, width)
-        sizes = [4 * (stop - start) for start, stop in cuts]
-        parts = self.comm.all_gather(share.view(torch.uint8), sizes)
-        return torch.cat(parts).view(torch.float32).view(rows, width)
-
-    def _tell(self, chosen: list[Chunk], result: StepResult) -> None:
-        """Tell every other stage, for each token, in which row of `chosen` and which it is."""
-        row_of = {chunk.slot: row for row, chunk in enumerate(chosen)}
-        self.pipe.tell(torch.tensor([(row_of[choice.slot], choice.token) for choice in result.tokens]))
-
-    def _catch_up(self, chunks: tuple[Chunk, ...]) -> None:
-        """Take in what the last stage has told, waiting for no more than `chunks` run."""
-        while self._untold:
-            known = all(
-                len(self._sequences[chunk.slot].tokens) >= chunk.start + chunk.length for chunk in chunks
-            )
-            told = self.pipe.told(wait=not known)
-            if told is None:
-                return
-            sequences = self._untold.popleft()
-            for row, token in told.view(-1, 2).tolist():
-                sequences[row].tokens.append(token)
-
-
-def _cuts(count: int, parts: int) -> list[Span]:
-    """`count` numbers in as many spans, alike but for one."""
-    return [(count * n // parts, count * (n + 1) // parts) for n in range(parts)]

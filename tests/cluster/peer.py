@@ -119,11 +119,18 @@ def by_torch(script: Callable[[SocketCommunicator], None]) -> Callable[[SocketCo
     return lambda comm: script(GpuCommunicator(comm, "gloo", "cpu"))
 
 
+def stage_by_torch(comm: SocketCommunicator) -> None:
+    """As GPU ranks of stages of two: each exchanges with its own alone."""
+    first = comm.mesh.rank // 2 * 2
+    exchange(GpuCommunicator(SocketCommunicator(comm.mesh, first, 2), "gloo", "cpu"), of=SIZES[:6], rounds=4)
+
+
 SCRIPTS = {
     "exchange": exchange,
     "pipe": pipe,
     "lose stage": lose_stage,
     "exchange by torch": by_torch(partial(exchange, of=SIZES[:6], rounds=8)),
+    "exchange in stages by torch": stage_by_torch,
     "lose large by torch": by_torch(lose(1 << 20)),
     "lose small": lose(1000),
     "lose middle": lose(100_000),

@@ -58,6 +58,10 @@ def test_every_size_arrives_whole_by_torch():
     assert run(3, "exchange by torch") == [["done"]] * 3
 
 
+def test_ranks_of_a_stage_exchange_by_torch():
+    assert run(4, "exchange in stages by torch") == [["done"]] * 4
+
+
 @pytest.mark.parametrize("size", ["small", "middle", "large", "large by torch"])
 def test_a_lost_peer_is_noticed(size):
     *others, lost = run(3, f"lose {size}")

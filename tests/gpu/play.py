@@ -15,7 +15,7 @@ from runtime.model.gpu.shard import GpuShard, build_gpu_shard
 from runtime.model.gpu.steps import Steps
 from runtime.model.header import OpenModel, open_model
 from runtime.model.layout import shard_slices
-from runtime.model.units import rank_units
+from runtime.model.units import Span, rank_units
 from runtime.types import Chunk, SampledToken, SamplingParams, SequenceStart, StepPlan, StepResult
 from runtime.weights.loader import load
 from tests.gpu.device import DEVICE, ON_GPU
@@ -30,13 +30,12 @@ def opened(path: Path) -> OpenModel:
     return open_model(ModelConfig(str(path), quantize="int4" if path.is_dir() else None), "cuda")
 
 
-def shard_of(model: OpenModel, comm: Communicator) -> GpuShard:
-    """What a rank of the group holds of a model."""
+def shard_of(model: OpenModel, comm: Communicator, layers: Span | None = None) -> GpuShard:
+    """What a rank of the group holds of a model, or of some of its layers."""
     run = rank_units(len(model.units), comm.size)[comm.rank]
-    loader = load(
-        model.checkpoint, shard_slices(model.spec, model.units, run), threads=1, quantize=model.quantize
-    )
-    return build_gpu_shard(model.spec, model.units, run, loader, device=DEVICE)
+    slices = shard_slices(model.spec, model.units, run, layers)
+    loader = load(model.checkpoint, slices, threads=1, quantize=model.quantize)
+    return build_gpu_shard(model.spec, model.units, run, loader, device=DEVICE, layers=layers)
 
 
 def runner(

@@ -1,4 +1,5 @@
-"""The forward pass of one rank on a GPU: tokens in, logits of chosen rows out.
+"""The forward pass of one rank on a GPU: tokens in, logits of chosen rows out. A rank of one stage among
+several takes the residual stream in the place of tokens, or gives it in the place of logits.
 
 Per layer: norm, q k v, rotate and store, attention, its output, norm, gate and up, down. Products hand
 partial sums to whoever comes next, who adds them in the tree's order. Everything follows from shapes and from
@@ -47,7 +48,7 @@ class GpuForward:
     """A shard bound to its KV cache and its group."""
 
     def __init__(self, shard: GpuShard, cache: torch.Tensor, comm: Communicator, max_positions: int):
-        """cache [layers, blocks, 2, KV heads held, block_size, D]."""
+        """cache [layers held, blocks, 2, KV heads held, block_size, D]."""
         self.shard = shard
         self.cache = cache
         self.comm = comm
@@ -67,14 +68,15 @@ class GpuForward:
         self.sum_ffn = UnitSum(no_ffn, comm, torch.float32)
 
     def logits(self, batch: GpuBatch) -> torch.Tensor | None:
-        """Run the layers; the KV cache is written. fp32 [S, V] at rank 0, None elsewhere."""
+        """Run a model that is all here; the KV cache is written. fp32 [S, V] at rank 0, None elsewhere."""
+        return self.head(self.layers(self.embed(batch.tokens), batch), batch)
+
+    def layers(self, residual: torch.Tensor, batch: GpuBatch) -> torch.Tensor:
+        """The residual stream fp32 [M, H] before the layers held here -> the same after them, whole: the last
+        layer's sums are added by the operation that adds them before a norm, to the same bits. Writes the KV
+        cache, and into `residual`."""
         shard, spec = self.shard, self.shard.spec
-        m, device = batch.tokens.shape[0], shard.device
-
-        def new(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        residual = self._embed(batch.tokens)
+        m, new = batch.tokens.shape[0], self._new
         h, q = new(m, spec.hidden), new(m, self.heads, spec.head_dim)
         attended, inner = new(m, self.heads, spec.head_dim), new(m, self.ffn)
         capacity = batch.block_table.shape[1] * self.cache.shape[4]
@@ -99,13 +101,28 @@ class GpuForward:
             if layer.gate is not None:
                 gated_linear(h, layer.gate, layer.up, inner)
             partials = self._product(inner, layer.down, self.sum_ffn)
-        if not len(batch.sampled):  # a prompt's piece, or tokens that a draft model follows
-            return new(0, spec.vocab, dtype=torch.float32) if self.comm.rank == 0 else None
         add_norm(residual, partials, None, spec.norm_eps, None)
+        return residual
+
+    def head(self, residual: torch.Tensor, batch: GpuBatch) -> torch.Tensor | None:
+        """The residual stream after the last layer -> fp32 [S, V] at rank 0, None elsewhere."""
+        shard, spec = self.shard, self.shard.spec
+        if not len(batch.sampled):  # a prompt's piece, or tokens that a draft model follows
+            return self._new(0, spec.vocab, dtype=torch.float32) if self.comm.rank == 0 else None
         chosen = residual.index_select(0, batch.sampled)
-        out = new(*chosen.shape)
+        out = self._new(*chosen.shape)
         add_norm(chosen, None, shard.output_norm, spec.norm_eps, out)
-        return self._head(out)
+        share = linear(out, shard.head)[0]
+        if self.comm.size == 1:
+            return share
+        sizes = [out.shape[0] * width * 4 for width in self.vocab_widths]
+        gathered = self.comm.gather(share.contiguous().view(-1).view(torch.uint8), sizes)
+        if gathered is None:
+            return None
+        return torch.cat([g.view(torch.float32).view(out.shape[0], -1) for g in gathered], dim=1)
+
+    def _new(self, *shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.shard.device)
 
     def _product(self, x: torch.Tensor, weights: RowParallel, reduce: UnitSum) -> torch.Tensor:
         """Partial sums fp32 [S, M, H] over all units, of all ranks."""
@@ -118,8 +135,9 @@ class GpuForward:
         whole = mine[0] if self.comm.size == 1 else reduce.exchange(mine, m, width)
         return whole.view(1, m, width)
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """fp32 [M, H]. Every rank gives the rows it holds and zeros for the rest; exactly one is not zero."""
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """fp32 [M, H], in the first stage. Every rank gives the rows it holds and zeros for the rest; exactly
+        one is not zero."""
         shape = (tokens.shape[0], self.shard.spec.hidden)
         rows = torch.empty(shape, dtype=torch.float32, device=self.shard.device)
         embed(self.shard.embedding, tokens, rows, self.shard.vocab[0])
@@ -130,16 +148,6 @@ class GpuForward:
         for part in parts:
             total += part.view(torch.float32).view(shape)
         return total
-
-    def _head(self, x: torch.Tensor) -> torch.Tensor | None:
-        share = linear(x, self.shard.head)[0]
-        if self.comm.size == 1:
-            return share
-        sizes = [x.shape[0] * width * 4 for width in self.vocab_widths]
-        gathered = self.comm.gather(share.contiguous().view(-1).view(torch.uint8), sizes)
-        if gathered is None:
-            return None
-        return torch.cat([g.view(torch.float32).view(x.shape[0], -1) for g in gathered], dim=1)
 
 
 def side_by_side(x: torch.Tensor, weights: tuple[PlanarWeight, ...]) -> torch.Tensor:

@@ -85,12 +85,7 @@ class GpuRunner:
     def launch(self, plan: StepPlan) -> Launched:
         """Start a plan's work and return without waiting for it. In a group of one, the next plan may be
         launched before this one is collected: tokens that the host has not seen are taken from the device."""
-        for slot in plan.ends:
-            del self._sequences[slot]
-        for start in plan.starts:
-            self._sequences[start.slot] = self._begin(start)
-        for chunk in plan.chunks:
-            self._sequences[chunk.slot].blocks.extend(chunk.new_blocks)
+        self._apply(plan)
         chunks = list(plan.chunks) if self._drafter is None else self._guess(plan.chunks)
         chosen = [chunk for chunk in chunks if chunk.samples]
         scored = [chunk for chunk in chunks if chunk.scores]
@@ -153,6 +148,15 @@ class GpuRunner:
             ]
         return StepResult(launched.step, tuple(found), launched.scores)
 
+    def _apply(self, plan: StepPlan) -> None:
+        """What a plan says of slots and blocks, before anything is computed."""
+        for slot in plan.ends:
+            del self._sequences[slot]
+        for start in plan.starts:
+            self._sequences[start.slot] = self._begin(start)
+        for chunk in plan.chunks:
+            self._sequences[chunk.slot].blocks.extend(chunk.new_blocks)
+
     def _begin(self, start: SequenceStart) -> _Sequence:
         if self.comm.rank == 0:
             self._sampler.start(start)
@@ -186,6 +190,10 @@ class GpuRunner:
 
     def _logits(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         """fp32 [wanted, V] at rank 0: rows of samples in the order of the plan's chunks, then scored ones."""
+        return self.steps.logits(*self._runs(chunks))
+
+    def _runs(self, chunks: Sequence[Chunk]) -> tuple[list[Run], Unseen | None]:
+        """What a plan's chunks run, and the tokens of it that only the device knows."""
         runs: list[Run] = []
         rows: list[int] = []  # those whose token only the device knows
         slots: list[int] = []  # theirs
@@ -207,7 +215,7 @@ class GpuRunner:
         if rows:
             of = torch.tensor(slots).to(self.steps.device, non_blocking=True)
             unseen = Unseen(rows, self._sampler.last.index_select(0, of))
-        return self.steps.logits(runs, unseen)
+        return runs, unseen
 
 
 def _to_host(values: torch.Tensor) -> torch.Tensor:

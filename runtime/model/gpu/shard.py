@@ -49,18 +49,19 @@ class GpuShard:
     spec: ModelSpec
     units: tuple[Unit, ...]  # of the whole model
     run: Span  # the units held here
+    stage: Span  # the layers held here
     device: torch.device
-    embedding: Loaded
+    embedding: Loaded | None  # in the first stage alone
     vocab: Span  # rows of the vocabulary held here
     layers: tuple[GpuLayer, ...]
-    output_norm: torch.Tensor
-    head: PlanarWeight
+    output_norm: torch.Tensor | None  # in the last stage alone
+    head: PlanarWeight | None  # in the last stage alone
     rope_factors: torch.Tensor | None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as they are held."""
-        total = self.head.nbytes + self.embedding.nbytes
+        total = sum(table.nbytes for table in (self.head, self.embedding) if table is not None)
         for layer in self.layers:
             rows = [w for r in (layer.attention_output, layer.down) for ws in r.weights for w in ws]
             total += sum(w.nbytes for w in (*layer.qkv, layer.gate, layer.up, *rows) if w is not None)
@@ -74,10 +75,13 @@ def build_gpu_shard(
     loaded: Iterator[tuple[Slice, Loaded]],
     *,
     device: torch.device | str,
+    layers: Span | None = None,
 ) -> GpuShard:
     """Build a rank's weights from its slices, taken in the order of `shard_slices`. Each goes to the device
-    as it arrives. Raises ValueError naming the tensor that a kernel does not take."""
+    as it arrives. `layers`: None is all. Raises ValueError naming the tensor that a kernel does not take."""
     device = torch.device(device)
+    stage = layers or (0, spec.layers)
+    embeds, ends = stage[0] == 0, stage[1] == spec.layers
     mine = units[run[0] : run[1]]
     share = RunShare.of(mine)
     taken = ""
@@ -95,19 +99,22 @@ def build_gpu_shard(
         return (value.dequantize() if isinstance(value, Planar) else value.float()).reshape(-1).contiguous()
 
     def build() -> GpuShard:
-        embedding = take("token_embd.weight")
-        embedding = embedding.contiguous()
-        output_norm = vector("output_norm.weight")
-        head = _prepared([embedding if spec.tied_head else take("output.weight")])
+        embedding = output_norm = head = None
+        if embeds or (ends and spec.tied_head):
+            embedding = take("token_embd.weight").contiguous()
+        if ends:
+            output_norm = vector("output_norm.weight")
+            head = _prepared([embedding if spec.tied_head else take("output.weight")])
         factors = vector("rope_freqs.weight").cpu() if spec.rope_factors else None
         return GpuShard(
             spec,
             units,
             run,
+            stage,
             device,
-            embedding,
+            embedding if embeds else None,
             share.vocab,
-            tuple(layer(i) for i in range(spec.layers)),
+            tuple(layer(i) for i in range(*stage)),
             output_norm,
             head,
             factors,

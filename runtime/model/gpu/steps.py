@@ -48,7 +48,7 @@ class Steps:
         spec = shard.spec
         held = shard.units[shard.run[0] : shard.run[1]]
         kv_heads = held[-1].kv_heads[1] - held[0].kv_heads[0]
-        shape = (spec.layers, total_blocks, 2, kv_heads, block_size, spec.head_dim)
+        shape = (len(shard.layers), total_blocks, 2, kv_heads, block_size, spec.head_dim)
         cache = torch.zeros(shape, dtype=DTYPE, device=shard.device)
         self.forward = GpuForward(shard, cache, comm, max_positions)
         self.graphs = graphs if graphs is not None else shard.device.type == "cuda" and comm.size == 1
@@ -79,6 +79,10 @@ class Steps:
         captured.graph.replay()
         rows = sum(len(run.tokens) for run in runs)
         return None if captured.logits is None else captured.logits[:rows]
+
+    def batch(self, runs: Sequence[Run]) -> GpuBatch:
+        """The rows of `runs`, whose tokens are all known, for a step that runs in parts."""
+        return make_batch(runs, self._block_size, self.device)
 
     def capture(self, batch: GpuBatch) -> Captured:
         """A graph of the step of `batch`, whose tensors it keeps."""
