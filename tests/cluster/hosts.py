@@ -133,7 +133,7 @@ def raylet(host: Host, head: Host, cpus: int = 1, env: dict[str, str] | None = N
 
 
 def nothing_left(*hosts: Host, seconds: float = 6.0) -> float:
-    """Wait until no process of ours lives on the hosts and no file of ours lies there; the seconds it took."""
+    """Wait until no process and no file of ours is left on the hosts; the seconds it took."""
     begun = time.monotonic()
 
     def left() -> list[str]:
