@@ -12,7 +12,7 @@ class Phases:
     again, the first time counts."""
 
     def __init__(self) -> None:
-        self._began = {"process": psutil.Process().create_time(), "command": time.time()}
+        self._began = {"process": process_start(), "command": time.time()}
 
     def begin(self, name: str) -> None:
         """May be called by several threads."""
@@ -21,3 +21,12 @@ class Phases:
     def begun(self) -> list[dict[str, str | float]]:
         """In order, as the ready line has them."""
         return [{"phase": name, "at": round(at, 3)} for name, at in tuple(self._began.items())]
+
+
+def process_start() -> float:
+    """Seconds since 1970. Linux tells a process's start in seconds since it booted, to 10 ms, and the time of
+    that boot in whole seconds, by which psutil's own sum may be a second off."""
+    process = psutil.Process()
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return process.create_time()
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + process.create_time() - psutil.boot_time()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from itertools import pairwise
 
-import psutil
-
 from runtime.commands.phases import Phases
+from tests.cli.command import environment
 
 
 def test_the_first_time_counts():
@@ -16,8 +17,18 @@ def test_the_first_time_counts():
         phases.begin(name)
     begun = phases.begun()
     assert [each["phase"] for each in begun] == ["process", "command", "joining", "loading"]
-    assert begun[0]["at"] == round(psutil.Process().create_time(), 3)
     assert all(a["at"] <= b["at"] for a, b in pairwise(begun)) and begun[-1]["at"] <= time.time() + 0.001
+
+
+def test_a_process_starts_after_it_was_asked_for_and_before_it_says_so():
+    code = (
+        "from runtime.commands.phases import process_start; import time; print(process_start(), time.time())"
+    )
+    before = time.time()
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    start, said = map(float, done.stdout.split())
+    assert before - 0.03 <= start <= said <= time.time()
 
 
 def test_a_server_tells_its_phases_in_order(server):
