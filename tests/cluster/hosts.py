@@ -82,14 +82,20 @@ class Host:
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Skips the test, saying why, where they cannot be made."""
+    if shutil.which("ip") is None:
+        pytest.skip("two hosts are made by `ip netns`, which is not installed (Debian, Ubuntu: iproute2)")
     mine = f"tr{os.getpid()}"
     names = [f"{mine}a", f"{mine}b"]
     net = f"198.18.{os.getpid() % 256}"
     folder = Path(tempfile.mkdtemp(prefix="tr", dir="/tmp"))  # short: the paths of sockets are limited
     hosts = []
     try:
-        _may_make(names[0])
-        _make(*names, net)
+        try:
+            _make(*names, net)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(
+                f"two hosts are made of network namespaces, which cannot be had: {error.stderr.strip()}"
+            )
         for index, name in enumerate(names):
             own = folder / "ab"[index]
             own.mkdir()
@@ -146,20 +152,10 @@ def nothing_left(*hosts: Host, seconds: float = 6.0) -> float:
     return time.monotonic() - begun
 
 
-def _may_make(name: str) -> None:
-    if shutil.which("ip") is None:
-        pytest.skip("two hosts are made by `ip netns`, which is not installed (Debian, Ubuntu: iproute2)")
-    done = _ip("netns", "add", name, check=False)
-    if done.returncode == 0:
-        done = _ip("netns", "exec", name, "true", check=False)
-    if done.returncode:
-        pytest.skip(
-            f"two hosts are made of network namespaces, which are not allowed here: {done.stderr.strip()}"
-        )
-
-
 def _make(one: str, two: str, net: str) -> None:
-    _ip("netns", "add", two)
+    for name in (one, two):
+        _ip("netns", "add", name)
+        _ip("netns", "exec", name, "true")
     # The interfaces that lead elsewhere come first: whoever takes the first one takes the wrong one.
     for text in (
         f"link add {one} type veth peer name front netns {one}",
