@@ -26,6 +26,7 @@ RENDERED = (
     "overlays/single-node-8gpu",
     "overlays/two-node",
     "overlays/two-node-monitored",
+    "overlays/two-node-stages",
     "rayjob",
     "lws",
 )

@@ -100,7 +100,7 @@ def test_the_walk_through_names_what_exists():
     assert len(lines) > 15
     for line in lines:
         for words in re.findall(r"(?:^(?:\w+=\S+ )*|-- )(tramontane .+)", line):
-            parse(shlex.split(words.replace("$MODEL", "model.gguf")))
+            parse(shlex.split(words.replace("$MODEL", "model.gguf"), comments=True))
         for path in re.findall(r"\bdeploy/[\w./-]+", line):
             assert (REPOSITORY / path).exists(), path
     text = "\n".join(lines)

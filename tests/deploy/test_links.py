@@ -104,7 +104,14 @@ def test_ranks_and_gateway_see_the_same_files(folder):
 
 
 @pytest.mark.parametrize(
-    "folder", ["overlays/dev-cpu", "overlays/dev-cpu-tls", "overlays/single-node-8gpu", "overlays/two-node"]
+    "folder",
+    [
+        "overlays/dev-cpu",
+        "overlays/dev-cpu-tls",
+        "overlays/single-node-8gpu",
+        "overlays/two-node",
+        "overlays/two-node-stages",
+    ],
 )
 def test_the_gateway_names_the_head(folder):
     """KubeRay names the Service of a cluster's head."""
@@ -122,6 +129,7 @@ def test_the_gateway_names_the_head(folder):
         ("overlays/dev-cpu-tls", 1, 0),
         ("overlays/single-node-8gpu", 1, 8),
         ("overlays/two-node", 2, 8),
+        ("overlays/two-node-stages", 2, 8),
         ("rayjob", 1, 0),
     ],
 )
@@ -137,7 +145,10 @@ def test_a_replica_fits_into_a_node(folder, nodes, gpus):
     apart = "affinity" in group["template"]["spec"]
     assert apart == (nodes > 1)
     for gateway in of_kind(folder, "Deployment"):
-        assert gateway["spec"]["replicas"] == nodes
+        (container,) = gateway["spec"]["template"]["spec"]["containers"]
+        line = command_line(folder, container)
+        stages = int(line[line.index("--pp") + 1]) if "--pp" in line else 1
+        assert gateway["spec"]["replicas"] * stages == nodes
         assert gateway["spec"]["strategy"] == {"type": "Recreate"}
 
 
