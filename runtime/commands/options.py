@@ -23,7 +23,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 Tp = Annotated[int, typer.Option(help="Ranks that share the model: from 1 to its units (see inspect).")]
 Pp = Annotated[
     int,
-    typer.Option(help="Stages, runs of layers that follow each other, of --tp ranks each. On CPUs so far."),
+    typer.Option(help="Stages, runs of layers that follow each other, of --tp ranks each."),
 ]
 Replicas = Annotated[
     int, typer.Option(help="Copies of the model, of so many ranks each, that share the work.")

@@ -23,10 +23,6 @@ def stage_layers(opened: OpenModel, pp: int) -> tuple[Span, ...]:
     layers = opened.spec.layers
     if not 1 <= pp <= layers:
         raise InvalidArgument("pp", f"{pp} is not possible: this model has {layers} layers, so 1 to {layers}")
-    if pp > 1 and opened.device != "cpu":
-        raise InvalidArgument(
-            "pp", f"{pp} stages are possible on CPUs alone so far: give --device cpu or --pp 1"
-        )
     return cut_layers(*model_bytes(opened), pp)
 
 

@@ -202,7 +202,7 @@ def test_people_get_tables(large):
     assert result.status == 0, result.err
     for words in ("2 nodes of 8xH200", "What fits", "not measured", "assumed", "datasheet", "--max-num-seqs"):
         assert words in result.out, words
-    assert "alone: " in result.out and "tok/s" in result.out and "not yet, in" in result.out
+    assert "alone: " in result.out and "tok/s" in result.out
 
 
 @pytest.mark.parametrize(

@@ -235,38 +235,50 @@ def test_stages_share_a_node_where_it_has_more_gpus_than_the_model_units():
 SMALL = ["--users", "4", "--context", "2048"]
 
 
-def test_what_cannot_run_yet_is_marked_in_the_words_of_the_code(large, short, monkeypatch):
+def no_stages(opened, pp: int) -> tuple:
+    """As `stage_layers` where stages cannot run."""
+    if pp > 1:
+        raise InvalidArgument("pp", "stages cannot run here: give --pp 1")
+    return ()
+
+
+def test_stages_are_recommended_where_nothing_else_fits(large):
     arguments = ["plan", str(large), "--gpus", "1xA100-40", "--nodes", "2", *SMALL]
-    with pytest.raises(InvalidArgument) as said:
-        stage_layers(short, 2)
     value = run(*arguments, "--json").json
-    assert value["best"] == {"tp": 1, "pp": 2, "replicas": 1, "refused": str(said.value)}
-    assert [(one["fits"], one["refused"]) for one in value["layouts"]] == [
-        (False, None),
-        (True, str(said.value)),
-    ]
+    assert value["best"] == {"tp": 1, "pp": 2, "replicas": 1, "refused": None}
+    assert [(one["fits"], one["refused"]) for one in value["layouts"]] == [(False, None), (True, None)]
     assert "network between nodes" in value["constants"] and "--pp 2" in value["command"]
-    shown = run(*arguments).out
-    assert str(said.value) in shown and "not yet" in shown and "Recommended, once it runs: " in shown
-    monkeypatch.setattr(plan_layouts, "stage_layers", lambda opened, pp: ())
-    assert run(*arguments, "--json").json["best"]["refused"] is None
     shown = run(*arguments).out
     assert "not yet" not in shown and "Recommended: " in shown
 
 
-def test_what_runs_is_preferred_then_fewer_stages_then_more_tokens(layouts, monkeypatch):
+def test_what_cannot_run_yet_is_marked_in_the_words_of_the_code(large, monkeypatch):
+    monkeypatch.setattr(plan_layouts, "stage_layers", no_stages)
+    arguments = ["plan", str(large), "--gpus", "1xA100-40", "--nodes", "2", *SMALL]
+    said = "pp: stages cannot run here: give --pp 1"
+    value = run(*arguments, "--json").json
+    assert value["best"] == {"tp": 1, "pp": 2, "replicas": 1, "refused": said}
+    assert [(one["fits"], one["refused"]) for one in value["layouts"]] == [(False, None), (True, said)]
+    shown = run(*arguments).out
+    assert said in shown and "not yet" in shown and "Recommended, once it runs: " in shown
+    said = run("plan", str(large), "--gpus", "1xA100-40", *SMALL).err
+    assert "--nodes 2 (--tp 1 --pp 2, which cannot run yet)" in said
+
+
+@pytest.mark.parametrize("can_run", [True, False])
+def test_what_runs_is_preferred_then_fewer_stages_then_more_tokens(layouts, monkeypatch, can_run):
+    if not can_run:
+        monkeypatch.setattr(plan_layouts, "stage_layers", no_stages)
     on = parse_machines("8xH200", 4)
     best = max(layouts.on(on, 4096, 64), key=preference)
     rest = [layout for layout in layouts.on(on, 4096, 64) if layout.pp == 1 and layout.fits]
     assert best.refused is None and best.pp == 1
     assert best.tokens_per_second == max(layout.tokens_per_second for layout in rest)
-    monkeypatch.setattr(plan_layouts, "stage_layers", lambda opened, pp: ())
-    assert max(layouts.on(on, 4096, 64), key=preference).pp == 1
 
 
 def test_nodes_are_offered_where_they_would_do(large):
     said = run("plan", str(large), "--gpus", "1xA100-40", *SMALL).err
-    assert "--nodes 2 (--tp 1 --pp 2, which cannot run yet)" in said
+    assert "--nodes 2, larger" in said
     said = run("plan", str(large), "--gpus", "8xL40S").err
     nodes = said.split("--nodes ")[1].split(",")[0]
     assert run("plan", str(large), "--gpus", "8xL40S", "--nodes", nodes, "--json").json["best"]["pp"] == 1

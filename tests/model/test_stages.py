@@ -59,11 +59,10 @@ def test_a_tied_table_weighs_on_both_ends(tiny, tied):
     assert sum(each) == sum(info.nbytes for name, info in tensors.items() if name.startswith("blk."))
 
 
-def test_stages_on_gpus_are_refused(tiny):
-    model = replace(opened(tiny(layers=2)), device="cuda")
-    assert stage_layers(model, 1) == ((0, 2),)
-    with pytest.raises(InvalidArgument, match=r"^pp: 2 stages .* on CPUs alone so far: give --device cpu"):
-        stage_layers(model, 2)
+def test_a_cut_does_not_depend_on_the_device(tiny):
+    model = opened(tiny(layers=5, vocab=2048))
+    for pp in range(1, 6):
+        assert stage_layers(model, pp) == stage_layers(replace(model, device="cuda"), pp)
 
 
 @pytest.mark.parametrize("pp", [0, 3, -1])
