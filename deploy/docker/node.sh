@@ -84,6 +84,9 @@ case $role in
     beside_raylet "$place" "$@" -- --address "$place" --num-cpus 0 --num-gpus 0
     ;;
   leader)
+    # A node that is silent for some 5 s is lost, and its replica built again on what is left.
+    export RAY_health_check_initial_delay_ms=2000 RAY_health_check_period_ms=1000
+    export RAY_health_check_timeout_ms=1000 RAY_health_check_failure_threshold=5
     beside_raylet "127.0.0.1:$place" "$@" -- --head --port "$place" --num-cpus 0 --num-gpus 0 --include-dashboard false
     ;;
   worker)
