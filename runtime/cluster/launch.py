@@ -68,7 +68,6 @@ class Cluster:
             say("starting Ray" if ray_address is None else f"joining Ray at {ray_address}")
             self._started_ray = start_ray(ray_address) and not leaves_ray
             config = _on(config, _device_of_cluster(config.parallel, waits=ray_address is not None))
-            stage_layers(replace(opened, device=config.parallel.device), config.parallel.pp)
             host = "127.0.0.1" if ray_address is None else None
             self._group = place(config.parallel, waiting or say)
             say(f"starting {config.parallel.tp * config.parallel.pp} rank(s)")
