@@ -46,17 +46,16 @@ MIXES = {
 }
 
 
-def held_by_a_real_shard(opened, run) -> tuple[int, int]:
+def held_by_a_real_shard(opened, run, layers=None) -> tuple[int, int]:
     """Bytes of weights, and of the embedding among them."""
     from runtime.model.gpu.shard import build_gpu_shard
 
-    slices = shard_slices(opened.spec, opened.units, run)
+    slices = shard_slices(opened.spec, opened.units, run, layers)
     loaded = load(opened.checkpoint, slices, quantize=opened.quantize)
-    shard = build_gpu_shard(opened.spec, opened.units, run, iter(loaded), device="cpu")
-    vectors = shard.output_norm.nbytes + sum(
-        layer.attention_norm.nbytes + layer.ffn_norm.nbytes for layer in shard.layers
-    )
-    return shard.nbytes + vectors, shard.embedding.nbytes
+    shard = build_gpu_shard(opened.spec, opened.units, run, iter(loaded), device="cpu", layers=layers)
+    vectors = 0 if shard.output_norm is None else shard.output_norm.nbytes
+    vectors += sum(layer.attention_norm.nbytes + layer.ffn_norm.nbytes for layer in shard.layers)
+    return shard.nbytes + vectors, 0 if shard.embedding is None else shard.embedding.nbytes
 
 
 def check_all_degrees(opened) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -31,6 +32,7 @@ from runtime.model.stages import stage_layers
 from runtime.model.units import rank_units
 from runtime.roofline import Link, Rank, Shape, Stage, decode, prefill
 from tests.cli.command import refused, run
+from tests.cli.test_plan import held_by_a_real_shard
 from tests.weights.sparse import write_sparse_70b
 from tests.weights.tiny import write_tiny_llama
 
@@ -102,6 +104,27 @@ def test_bytes_are_those_of_real_stages(tmp_path):
     config = EngineConfig(total_blocks=3)
     kept = [runner.cache_bytes for runner in local_runners([s for s, _ in loaded], 2, config, 192)]
     assert max(kept) == layout.kv_bytes * BLOCK_SIZE * config.total_blocks
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_are_those_of_real_stages_in_the_form_of_a_gpu(tmp_path, tied):
+    types = {"*": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q5_K", "token_embd": "Q6_K", "output": "Q6_K"}
+    path = write_tiny_llama(
+        tmp_path / "m.gguf",
+        types=types,
+        tied=tied,
+        layers=3,
+        hidden=256,
+        heads=4,
+        kv_heads=2,
+        ffn=512,
+        vocab=301,
+    )
+    opened = open_model(ModelConfig(str(path)), "cuda")
+    for layout in make_layouts(opened, parse_machines("2xH100", 3), 256, 1):
+        runs = rank_units(2, layout.tp)
+        held = [held_by_a_real_shard(opened, run, span) for span in layout.stages for run in runs]
+        assert layout.gpu_bytes == [all_of_it for all_of_it, _ in held], (layout.tp, layout.pp)
 
 
 machines = st.builds(
@@ -274,6 +297,10 @@ def test_what_runs_is_preferred_then_fewer_stages_then_more_tokens(layouts, monk
     rest = [layout for layout in layouts.on(on, 4096, 64) if layout.pp == 1 and layout.fits]
     assert best.refused is None and best.pp == 1
     assert best.tokens_per_second == max(layout.tokens_per_second for layout in rest)
+    made = layouts.on(on, 4096, 64)
+    one, two = (replace(of(made, 4, pp), refused=None) for pp in (1, 2))
+    assert max(one, two, key=preference) is one
+    assert max(replace(one, refused="not so far"), two, key=preference) is two
 
 
 def test_nodes_are_offered_where_they_would_do(large):
