@@ -12,6 +12,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,7 @@ from runtime.wire.connection import Connection, Listener
 from runtime.wire.messages import Hello, WireError
 
 JOIN_SECONDS = 60.0
+LEAVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +94,34 @@ class Mesh:
             raise Unavailable(f"rank {rank}: gloo does not start: {_line(error)}") from None
 
     def close(self) -> None:
-        for sock in self._socks.values():
-            with contextlib.suppress(OSError):  # wakes a thread that reads, unless the peer hung up first
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
+        # gloo's store looks for its file when it goes, and waits for minutes if the file goes at that very
+        # moment. So a rank hangs up once its store has gone, and rank 0, whose file it is, waits for that.
+        keeps = self._folder is not None
+        if keeps:
+            self._shut(socket.SHUT_WR)
         if dist.is_initialized():
             dist.destroy_process_group()
+        if keeps:
+            self._await_ends()
+        self._shut(socket.SHUT_RDWR)
+        for sock in self._socks.values():
+            sock.close()
         self.settled()
+
+    def _shut(self, how: int) -> None:
+        for sock in self._socks.values():
+            with contextlib.suppress(OSError):  # wakes a thread that reads, unless the peer hung up first
+                sock.shutdown(how)
+
+    def _await_ends(self) -> None:
+        """Until every other rank has hung up, LEAVE_SECONDS at most."""
+        until = time.monotonic() + LEAVE_SECONDS
+        for sock in self._socks.values():
+            with contextlib.suppress(OSError):
+                while (left := until - time.monotonic()) > 0:
+                    sock.settimeout(left)
+                    if not sock.recv(1 << 16):
+                        break
 
     def settled(self) -> None:
         """No more groups will be made: rank 0 takes the file away, which nothing needs any more, so that none

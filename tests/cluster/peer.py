@@ -9,6 +9,7 @@ the error. Scripts are the functions below.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -63,13 +64,13 @@ def exchange(comm: SocketCommunicator, of: Sequence[int] = SIZES, rounds: int = 
 
 
 def lose(size: int) -> Callable[[SocketCommunicator], None]:
-    """The last rank leaves; the others find out in the middle of an exchange of this size."""
+    """The last rank dies; the others find out in the middle of an exchange of this size."""
 
     def script(comm: SocketCommunicator) -> None:
         sizes = [size] * comm.size
         comm.all_gather(payload(size, comm.rank), sizes)
         if comm.rank == comm.size - 1:
-            sys.exit(9)
+            os._exit(9)
         started = time.monotonic()
         try:
             for _ in range(100):
@@ -102,10 +103,10 @@ def pipe(comm: SocketCommunicator, tp: int = 2) -> None:
 
 
 def lose_stage(comm: SocketCommunicator) -> None:
-    """The middle stage leaves; those before and after it find out."""
+    """The middle stage dies; those before and after it find out."""
     ends = StagePipe(comm.mesh, 1)
     if ends.stage == 1:
-        sys.exit(9)
+        os._exit(9)
     started = time.monotonic()
     try:
         ends.receive(1) if ends.last else ends.told(wait=True)
