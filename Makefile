@@ -26,7 +26,7 @@ test: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	-$(VENV)/bin/tramontane pull $(MODEL)  # without it, tests on a real chat model skip and say so
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --durations=25
 
 conformance: $(VENV)/.tests
 	-$(VENV)/bin/tramontane pull $(MODEL)  # without it, the suite says that it is not there
