@@ -105,7 +105,7 @@ def test_replies_survive_tight_memory(start: int) -> None:
 
 @pytest.mark.slow
 def test_replies_survive_tight_memory_at_length() -> None:
-    for seed in range(1000, 2000):
+    for seed in range(1000, 3000):
         try:
             simulate(seed)
         except Exception as error:
