@@ -1,15 +1,18 @@
 """Times whole decode steps of a 70B model on one GPU: random weights of Q4_K_M's mix, all 80 layers.
 
-    python bench/gpu/step.py > step.json          batch 1 and 32 at 1k, batch 1 at 8k; needs 48 GiB and more
+    python bench/gpu/step.py > step.json          batches of 1 to 32 at 1k and 8k; needs 48 GiB and more
+    python bench/gpu/step.py --tune > step.json   also notes for later whether overlapping kernels pay
 
-A step is what the engine runs: embedding, layers, head, captured in one CUDA graph; sampling is timed apart
-(bench/gpu/small.py). The floor is the bytes that a step must read (weights, and keys and values of its
-context) over the run's own copy bandwidth. Needs torch, triton and numpy alone.
+Each is timed with kernels one after another and overlapping (`kernels/gpu/overlap.py`), by turns; both must
+give the same bits. A step is what the engine runs: embedding, layers, head, captured in one CUDA graph;
+sampling is timed apart (bench/gpu/small.py). The floor is the bytes that a step must read (weights, and the
+keys and values of its context) over the run's own copy bandwidth. Needs torch, triton and numpy alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
@@ -20,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.gpu import shapes
 from bench.gpu.shapes import random_weight
 from bench.gpu.timing import captured, copy_bandwidth, median_ms, report, require_gpu, show
+from kernels.gpu.overlap import OLDEST, overlap
+from kernels.gpu.tuning import save
 from runtime.model.communicator import Alone
 from runtime.model.gpu.forward import GpuBatch, GpuForward
 from runtime.model.gpu.shard import GpuLayer, GpuShard, RowParallel
@@ -106,16 +111,38 @@ def kv_cache(spec: ModelSpec, sequences: int, positions: int, device: str = "cud
     return torch.randn(shape, device=device, dtype=torch.float16)
 
 
+def both_ways(forward: GpuForward, batch: GpuBatch, repeats: int) -> tuple[float, float | None]:
+    """Median ms of the captured step, kernels one after another and overlapping; None where the GPU cannot.
+    Raises SystemExit if the two differ in a bit."""
+    ways = [False, *([True] if torch.cuda.get_device_capability() >= OLDEST else [])]
+    runs, outputs = [], []
+    with torch.inference_mode():
+        for way in ways:
+            with overlap(way):
+                out: list[torch.Tensor] = []
+                runs.append(captured([lambda out=out: out.append(forward.logits(batch))]))
+                outputs.append(out[-1])  # of the captured call: what a replay writes
+        for run, out in zip(runs, outputs, strict=True):
+            run()
+            torch.cuda.synchronize()
+            if not torch.equal(outputs[0].view(torch.int32), out.view(torch.int32)):
+                raise SystemExit("error: a step with overlapping kernels gives other bits")
+        times = [[median_ms(run, max(1, repeats // 3)) for run in runs] for _ in range(3)]
+    plain, *rest = (statistics.median(column) for column in zip(*times, strict=True))
+    return plain, rest[0] if rest else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=shapes.LAYERS)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--tune", action="store_true", help="note in kernels/gpu/tuned whether overlap pays")
     args = parser.parse_args()
     require_gpu("bench/gpu/step.py")
     torch.manual_seed(0)
     copy, spec = copy_bandwidth(), flagship(args.layers)
     shard = random_shard(spec)
-    results = []
+    results, gains = [], []
     for sequences, positions in CASES:
         torch.cuda.empty_cache()
         cache_bytes = 4 * spec.layers * spec.kv_heads * spec.head_dim * sequences * positions
@@ -124,8 +151,8 @@ def main() -> None:
             continue
         forward = GpuForward(shard, kv_cache(spec, sequences, positions), Alone(), positions)
         batch = decode_batch(sequences, positions, spec.vocab)
-        with torch.inference_mode():
-            ms = median_ms(captured([lambda f=forward, b=batch: f.logits(b)]), args.repeats)
+        ms, overlapping = both_ways(forward, batch, args.repeats)
+        gains.append(ms / overlapping if overlapping else 1.0)
         floor = (shard.nbytes - shard.embedding.nbytes + cache_bytes) / copy * 1e3
         results.append(
             {
@@ -135,10 +162,14 @@ def main() -> None:
                 "tokens_per_s": round(sequences / ms * 1e3, 1),
                 "floor_ms": round(floor, 3),
                 "share_of_floor": round(floor / ms, 3),
+                "overlapping_ms": round(overlapping, 3) if overlapping else "",
             }
         )
         print(results[-1], file=sys.stderr, flush=True)
         del forward, batch
+    if args.tune and gains:
+        pays = statistics.median(gains) > 1.0
+        print(save(torch.cuda.get_device_name(), {"overlap": pays}), file=sys.stderr)
     peak = torch.cuda.max_memory_allocated() / 2**30
     show(report(results, copy_gb_s=round(copy / 1e9, 1), layers=spec.layers, peak_gib=round(peak, 1)))
 

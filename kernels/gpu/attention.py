@@ -18,6 +18,7 @@ import torch
 from kernels.gpu.attention_fold import SEGMENT, TILE, fold_segments
 from kernels.gpu.attention_kernel import attend
 from kernels.gpu.launch import INTERPRETED, check, launch, next_power_of_2, same_device
+from kernels.gpu.overlap import overlapping
 
 FP8 = torch.float8_e4m3fn
 _NAME = "paged_attention"
@@ -124,9 +125,11 @@ def paged_attention(
     padded = max(16, next_power_of_2(dim))  # 16: the least of a matrix instruction
     values = min(padded, 128)  # columns of V a program takes: more leave no room for registers
     parts = padded // values
+    overlap = overlapping(q.device)
     shape = {
         "HEADS": heads, "KV_HEADS": kv_heads, "BLOCK": block_size, "D": dim, "PADDED": padded,
         "VALUES": values, "WINDOW": window or 0, "TILES": SEGMENT // TILE.value, "SCALED": scales is not None,
+        "OVERLAP": overlap,
     }  # fmt: skip
     if split_rows:
         width = tuning.split_width
@@ -141,7 +144,7 @@ def paged_attention(
         launch(
             fold_segments, grid, peaks, totals, partials, query_start, context_len, out, segments, split_rows,
             HEADS=heads, KV_HEADS=kv_heads, D=dim, PADDED=padded, WINDOW=window or 0, SPAN=SEGMENT,
-            warps=1, stages=4,
+            OVERLAP=overlap, warps=1, stages=4,
         )  # fmt: skip
     if longest > split_rows:
         width = tuning.stream_width

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.gpu.overlap import after_previous
+
 TILE = tl.constexpr(64)  # positions that one matrix product takes; part of numerics
 SEGMENT = 512  # positions that start from a fresh sum; part of numerics
 EMPTY = tl.constexpr(-1e30)  # the peak of no positions at all; finite, so that no difference is NaN
@@ -67,8 +69,10 @@ def fold_segments(
     PADDED: tl.constexpr,  # D up to a power of two
     WINDOW: tl.constexpr,
     SPAN: tl.constexpr,  # positions a segment
+    OVERLAP: tl.constexpr,
 ):
     """One row of one head: its segments' partial results, in order."""
+    after_previous(OVERLAP)
     sequence = tl.program_id(0) // split_rows
     token = tl.program_id(0) % split_rows
     head = tl.program_id(1)

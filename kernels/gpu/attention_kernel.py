@@ -10,6 +10,7 @@ import triton.language as tl
 
 from kernels.gpu.attention_fold import EMPTY, TILE, fold, power_of_2, tile_sum
 from kernels.gpu.launch import INTERPRETED
+from kernels.gpu.overlap import after_previous
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -121,9 +122,11 @@ def attend(
     TILES: tl.constexpr,  # of positions, a segment
     SCALED: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (lanes, KV heads, sequences x tiles) if SPLIT: a lane takes every so many-th segment of a tile.
     Else (tiles of all sequences, KV heads). Parts of V's columns multiply the first."""
+    after_previous(OVERLAP)  # programs that find nothing to do wait, too: whoever comes next relies on it
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TOKENS: tl.constexpr = WIDTH // GROUP  # a tile
     kv_head = tl.program_id(1)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import check, launch, same_device
+from kernels.gpu.overlap import after_previous, overlapping
 from kernels.gpu.planar import Planar
 
 _COLUMNS = 1024  # a program's; no sum runs across them
@@ -60,7 +61,9 @@ def embed_planar_kernel(
     SUB_MINS: tl.constexpr,
     PAIRED: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    after_previous(OVERLAP)
     at = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(tokens_ptr + at).to(tl.int64) - first
@@ -89,7 +92,17 @@ def embed_planar_kernel(
 
 
 @triton.jit
-def embed_dense_kernel(table_ptr, tokens_ptr, out_ptr, first, rows, H: tl.constexpr, BLOCK: tl.constexpr):
+def embed_dense_kernel(
+    table_ptr,
+    tokens_ptr,
+    out_ptr,
+    first,
+    rows,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    after_previous(OVERLAP)
     at = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(tokens_ptr + at).to(tl.int64) - first
@@ -118,7 +131,7 @@ def embed(table: torch.Tensor | Planar, tokens: torch.Tensor, out: torch.Tensor,
         same_device("embed", planes=table.planes[0], tokens=tokens, out=out)
     check("embed", "out", out, torch.float32, len(tokens), width)
     grid = (len(tokens), -(-width // _COLUMNS))
-    shared = {"warps": _WARPS, "H": width, "BLOCK": _COLUMNS}
+    shared = {"warps": _WARPS, "H": width, "BLOCK": _COLUMNS, "OVERLAP": overlapping(tokens.device)}
     if isinstance(table, torch.Tensor):
         launch(embed_dense_kernel, grid, table, tokens, out, first, rows, **shared)
         return

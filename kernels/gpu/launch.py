@@ -14,13 +14,16 @@ OLDEST = (8, 0)  # compute capability: fp16 matrix instructions and asynchronous
 
 
 def launch(kernel, grid: Sequence[int], *args, warps: int = 4, stages: int = 1, **constants) -> None:
-    """Run `kernel` over `grid`. An empty grid does nothing.
+    """Run `kernel` over `grid`. An empty grid does nothing. A kernel that is told OVERLAP waits for the one
+    before it by itself, and is started before that one has ended.
 
     No product is fused with a sum behind the source's back: where a fused one is wanted, `tl.fma` says so.
     """
     if not all(grid):
         return
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    if constants.get("OVERLAP"):
+        options["launch_pdl"] = True
     if INTERPRETED:
         with _ONE_AT_A_TIME:
             kernel[tuple(grid)](*args, **options, **constants)

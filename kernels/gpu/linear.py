@@ -20,6 +20,7 @@ from kernels.gpu.activation import silu_mul
 from kernels.gpu.chunks import FIELDS, schedule
 from kernels.gpu.codes import assembly, quarters, shifts
 from kernels.gpu.launch import INTERPRETED, check, launch
+from kernels.gpu.overlap import after_previous, fetch_ahead, overlapping
 from kernels.gpu.planar import Format, PlanarWeight
 from kernels.gpu.tuning import Tiling, tiling_for
 
@@ -123,6 +124,7 @@ def _run(
         BN=tiling.weights,
         BM=tiling.tokens,
         FIELDS=FIELDS,
+        OVERLAP=overlapping(x.device),
         **constants,
     )
     return out
@@ -470,6 +472,18 @@ def _sum(
 
 
 @triton.jit
+def _fetch(low, rows, n, leaf, WIDTH: tl.constexpr, LOW: tl.constexpr):
+    """Asks for the first two lines of codes of each of rows `n`, while x is not there yet."""
+    BLOCKS: tl.constexpr = (WIDTH + 127) // 128
+    PER: tl.constexpr = 128 if LOW >= 8 else 8 * LOW  # elements a block
+    LINE: tl.constexpr = 128 if LOW == 8 else 64  # elements of 128 bytes
+    unit = tl.load(leaf).to(tl.int64)
+    row = unit * rows + tl.minimum(n, rows - 1)
+    column = tl.load(leaf + 1) // 128 * PER + tl.arange(0, 2) * LINE
+    fetch_ahead(low + row[:, None] * (BLOCKS * PER) + tl.minimum(column, BLOCKS * PER - 1)[None, :])
+
+
+@triton.jit
 def _kernel(
     x,
     low_A,
@@ -508,6 +522,7 @@ def _kernel(
     BN: tl.constexpr,
     BM: tl.constexpr,
     FIELDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
     LOW_A: tl.constexpr,
     HIGH_A: tl.constexpr,
     ZERO_A: tl.constexpr,
@@ -528,6 +543,16 @@ def _kernel(
     """PAIR: 0 A alone, 1 A then B side by side, 2 silu(A) * B. Items of work: tokens fastest, so that blocks
     that run together share a tile of weights; then splits, then tiles."""
     token_tiles = tl.cdiv(M, BM)
+    if OVERLAP:
+        tile = tl.program_id(0) // token_tiles // SPLITS
+        leaf = leaves + tl.load(spans + tl.program_id(0) // token_tiles % SPLITS * 2) * FIELDS
+        if PAIR == 1 and tile >= tiles_first:
+            _fetch(low_B, rows_B, (tile - tiles_first) * BN + tl.arange(0, BN), leaf, WIDTH, LOW_B)
+        else:
+            _fetch(low_A, rows_A, tile * BN + tl.arange(0, BN), leaf, WIDTH, LOW_A)
+            if PAIR == 2:
+                _fetch(low_B, rows_B, tile * BN + tl.arange(0, BN), leaf, WIDTH, LOW_B)
+    after_previous(OVERLAP)
     own = pending + tl.program_id(0).to(tl.int64) * (DEPTH * (2 if PAIR == 2 else 1) * BN * BM)
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
         tokens_at = item % token_tiles * BM

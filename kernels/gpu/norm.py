@@ -16,6 +16,7 @@ import triton.language as tl
 from kernels.gpu.convert import narrowed
 from kernels.gpu.fold import check_aligned, check_partials, fold
 from kernels.gpu.launch import check, launch, next_power_of_2, same_device
+from kernels.gpu.overlap import after_previous, overlapping
 
 WIDEST = 32768
 # What fixes the order of the sum of squares, together with the width: part of `numerics`.
@@ -51,8 +52,10 @@ def add_norm_kernel(
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The first BLOCK columns stay in registers from the sum to the scaling, the others are read again."""
+    after_previous(OVERLAP)
     columns = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64) * H
     first = _added(residual_ptr, partials_ptr, row + columns, columns < H, stride, S)
@@ -114,6 +117,7 @@ def add_norm(
         H=width,
         BLOCK=block_of(width),
         NORM=out is not None,
+        OVERLAP=overlapping(residual.device),
     )
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from kernels.gpu.convert import E4M3_MAX, e4m3_bits, narrowed
 from kernels.gpu.fold import check_partials, fold
 from kernels.gpu.launch import check, launch, next_power_of_2, same_device
+from kernels.gpu.overlap import after_previous, overlapping
 
 _CHANNELS = 1024  # a program's, in whole heads; no sum runs across them, so that it may be any number
 _WARPS = 4
@@ -43,8 +44,10 @@ def rope_store_kernel(
     TILE_HALF: tl.constexpr,
     FP8: tl.constexpr,
     SCALED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (row, t) takes heads t * TILE_HEADS and on: those of q, then of k, then of v."""
+    after_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     if (slot >= 0) & (slot < capacity):
@@ -161,4 +164,5 @@ def rope_store(
         TILE_HALF=tile_half,
         FP8=fp8,
         SCALED=scales is not None,
+        OVERLAP=overlapping(q.device),
     )

@@ -1,8 +1,9 @@
-"""Tilings that were found fast, one JSON file a GPU; made by `python bench/gpu/linear.py --tune`.
+"""What was found fast, one JSON file a GPU; made by `python bench/gpu/linear.py --tune` and `step.py --tune`.
 
 A file maps "shape" to the fields of a `Tiling`, where the shape names the formats, rows, width, units, how
-two weights are combined, and the rows of x up to the next power of two. None of it can change a bit: a
-missing file or entry costs time, not agreement.
+two weights are combined, and the rows of x up to the next power of two; "overlap" says whether captured
+steps run faster with kernels that overlap (`overlap`). None of it can change a bit: a missing file or entry
+costs time, not agreement.
 """
 
 from __future__ import annotations
@@ -65,11 +66,18 @@ def file_name(gpu: str) -> str:
     return "_".join(gpu.lower().replace("nvidia", "").split()) + ".json"
 
 
-def save(gpu: str, found: dict[str, Tiling]) -> Path:
+def overlap_pays(device: torch.device) -> bool:
+    """Whether kernels of a step were found to run faster overlapping on this GPU; not where nobody tried."""
+    if INTERPRETED or device.type != "cuda":
+        return False
+    return bool(_tuned(file_name(torch.cuda.get_device_name(device))).get("overlap", False))
+
+
+def save(gpu: str, found: dict[str, Tiling | bool]) -> Path:
     """Merge `found` into the GPU's file; returns its path."""
     path = FOLDER / file_name(gpu)
     known = json.loads(path.read_text()) if path.exists() else {}
-    known |= {name: asdict(tiling) for name, tiling in found.items()}
+    known |= {name: one if isinstance(one, bool) else asdict(one) for name, one in found.items()}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
     return path
@@ -80,6 +88,6 @@ def _format_name(f: Format) -> str:
 
 
 @cache
-def _tuned(name: str) -> dict[str, dict[str, int]]:
+def _tuned(name: str) -> dict:
     path = FOLDER / name
     return json.loads(path.read_text()) if path.exists() else {}

@@ -34,6 +34,10 @@ def main(names: list[str]) -> None:
                     if specimen.weights
                     else 0,
                     "matrix": specimen.matrix,
+                    "overlaps": specimen.overlaps,
+                    "waits": code.count("ACQBULK"),
+                    "lets_go": code.count("PREEXIT"),
+                    "too_early": code.accesses_before("ACQBULK"),
                     "budget": specimen.per_weight,
                     "mix": dict(loop.mix.most_common(16)) if loop else {},
                 }

@@ -17,6 +17,7 @@ from tests.gpu.specimens import Specimen
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\.[A-Z0-9_.]*)?([^;]*);")
+_GLOBAL = {"LD", "LDG", "LDGSTS", "ST", "STG", "UBLKCP", "RED", "ATOMG"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,12 @@ class MachineCode:
     def spills(self) -> int:
         """Accesses of local memory: registers that did not fit, or arrays indexed at run time."""
         return self.count("LDL") + self.count("STL")
+
+    def accesses_before(self, name: str) -> list[str]:
+        """Accesses of global memory that come before the first instruction `name`; all if there is none."""
+        names = [op for op, _ in self.instructions]
+        before = names[: names.index(name)] if name in names else names
+        return [op for op in before if op in _GLOBAL]
 
     def hot_loop(self, holding: str) -> Loop | None:
         """The largest innermost loop with such an instruction."""

@@ -32,6 +32,12 @@ def test_machine_code(module: str) -> None:
     assert found, "no specimens"
     for fact in found:
         assert fact["spills"] == 0, fact
+        if fact["overlaps"] is None:
+            assert fact["waits"] == fact["lets_go"] == 0, fact
+        else:
+            assert fact["waits"] == fact["lets_go"] == 1, fact
+            assert set(fact["too_early"]) <= {"LDG"}, fact
+            assert len(fact["too_early"]) <= fact["overlaps"], fact
         if fact["architecture"] == 90:
             assert bool(fact["hgmma"]) == fact["matrix"], fact
             assert fact["per_weight"] <= fact["budget"], fact

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.gpu.overlap import overlap
+from kernels.gpu.tuning import overlap_pays
 from runtime.model.batch import Run
 from runtime.model.communicator import Communicator
 from runtime.model.gpu.batch import Shape, Unseen, captured_shape, make_batch
@@ -88,11 +90,12 @@ class Steps:
         """A graph of the step of `batch`, whose tensors it keeps."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles what is not compiled yet
-            self.forward.logits(batch)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Another thread may be waiting for the last plan's tokens, which is no part of the capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = self.forward.logits(batch)
+        with overlap(overlap_pays(self.device)):
+            with torch.cuda.stream(side):  # compiles what is not compiled yet
+                self.forward.logits(batch)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Another thread may be waiting for the last plan's tokens, which is no part of the capture.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                logits = self.forward.logits(batch)
         return Captured(graph, batch, logits)

@@ -14,7 +14,8 @@ class Specimen:
 
     weights: quantised weights (or KV elements) that one turn of the hot loop consumes, for `per_weight`, the
     most lane-instructions one may cost on sm_90 (the largest loop that holds an HGMMA is the hot one).
-    matrix: whether sm_90 code must use warp-group matrix instructions (HGMMA)."""
+    matrix: whether sm_90 code must use warp-group matrix instructions (HGMMA). overlaps: how many loads, of
+    what no kernel writes, may stand before the wait for the kernel before; None: it does not wait."""
 
     name: str
     kernel: object
@@ -26,4 +27,5 @@ class Specimen:
     weights: int = 0
     per_weight: float = 0.0
     architectures: tuple[int, ...] = (80, 90, 100)
+    overlaps: int | None = None
     unaligned: tuple[str, ...] = field(default=())  # integers not known to be multiples of 16

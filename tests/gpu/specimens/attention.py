@@ -41,7 +41,7 @@ def _attend(
         constants={
             "HEADS": 64, "KV_HEADS": 8, "D": dim, "PADDED": padded, "VALUES": min(padded, 128),
             "BLOCK": block, "WINDOW": window, "TILES": SEGMENT // TILE.value, "SCALED": scaled,
-            "SPLIT": split, "WIDTH": tuning.split_width if split else tuning.stream_width,
+            "SPLIT": split, "OVERLAP": False, "WIDTH": tuning.split_width if split else tuning.stream_width,
         },
         warps=tuning.split_warps if split else tuning.stream_warps,
         stages=tuning.split_stages if split else tuning.stream_stages,
@@ -81,7 +81,10 @@ def _fold() -> Specimen:
             "peaks": "*fp32", "totals": "*fp32", "partials": "*fp32", "query_start": "*i32",
             "context_len": "*i32", "out": "*fp16", "segments": "i32", "split_rows": "i32",
         },
-        constants={"HEADS": 64, "KV_HEADS": 8, "D": 128, "PADDED": 128, "WINDOW": 0, "SPAN": SEGMENT},
+        constants={
+            "HEADS": 64, "KV_HEADS": 8, "D": 128, "PADDED": 128, "WINDOW": 0, "SPAN": SEGMENT,
+            "OVERLAP": False,
+        },
         warps=1,
         stages=4,
         unaligned=("segments", "split_rows"),

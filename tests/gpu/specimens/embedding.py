@@ -19,7 +19,7 @@ def specimens() -> list[Specimen]:
         "embed, fp16",
         embed_dense_kernel,
         {"table_ptr": "*fp16", "tokens_ptr": "*i32", "out_ptr": "*fp32", "first": "i32", "rows": "i32"},
-        {"H": 8192, "BLOCK": 1024},
+        {"H": 8192, "BLOCK": 1024, "OVERLAP": False},
     )
     planar = [_planar(name, *of) for name, of in _TYPES.items()]
     return [dense, planar[0], *(replace(p, architectures=(90,)) for p in planar[1:])]
@@ -43,5 +43,5 @@ def _planar(name: str, numbers: tuple[int, ...], present: dict[str, bool]) -> Sp
             "first": "i32",
             "rows": "i32",
         },
-        {**dict(zip(names, numbers, strict=True)), **present, "H": 8192, "BLOCK": 1024},
+        {**dict(zip(names, numbers, strict=True)), **present, "H": 8192, "BLOCK": 1024, "OVERLAP": False},
     )

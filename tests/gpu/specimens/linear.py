@@ -43,7 +43,7 @@ def specimen(
     signature |= {k: "i32" for k in ("M", "N", "stride", "work", "tiles_first")}
     constants: dict[str, object] = {
         "WIDTH": width, "SPLITS": splits, "DEPTH": depth, "PAIR": pair,
-        "BN": weights, "BM": tokens, "FIELDS": FIELDS,
+        "BN": weights, "BM": tokens, "FIELDS": FIELDS, "OVERLAP": False,
     }  # fmt: skip
     for side, f in zip("AB", (first, second), strict=True):
         plane = {8: "*i8", 16: "*fp16"}.get(f.low, "*i16")

@@ -23,6 +23,6 @@ def _specimen(width: int, count: int) -> Specimen:
             "stride": "i32",
             "eps": "fp32",
         },
-        {"S": count, "H": width, "BLOCK": block_of(width), "NORM": True},
+        {"S": count, "H": width, "BLOCK": block_of(width), "NORM": True, "OVERLAP": False},
         warps=warps_of(width),
     )

@@ -33,6 +33,6 @@ def _specimen(name: str, count: int, fp8: bool, scaled: bool) -> Specimen:
         },
         {
             "S": count, "HEADS": 64, "KV_HEADS": 8, "HALF": 64, "PAGE": 32, "TILE_HEADS": 8, "TILE_HALF": 64,
-            "FP8": fp8, "SCALED": scaled,
+            "FP8": fp8, "SCALED": scaled, "OVERLAP": False,
         },
     )  # fmt: skip
