@@ -25,6 +25,7 @@ from runtime.commands.options import (
     Dtype,
     Frequency,
     IgnoreEos,
+    KvDtype,
     KvMemory,
     Local,
     Logprobs,
@@ -125,6 +126,7 @@ def plan(
     ] = None,
     users: Annotated[int, typer.Option(help="Replies at once, over all replicas.")] = 64,
     draft: Draft = None,
+    kv_dtype: KvDtype = "auto",
     quantize: Quantize = None,
     json: AsJson = False,
 ) -> None:
@@ -136,7 +138,7 @@ def plan(
     """
     from runtime.commands.plan import plan
 
-    settings = named_model(model, draft=draft, quantize=quantize)
+    settings = named_model(model, draft=draft, kv_dtype=kv_dtype, quantize=quantize)
     plan(settings, gpus, nodes=nodes, network=network, context=context, users=users, as_json=json)
 
 
@@ -181,6 +183,7 @@ def serve(
     draft: Draft = None,
     draft_tokens: DraftTokens = 8,
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     quantize: Quantize = None,
     name: Annotated[str, typer.Option(help="Serve under this name. Default: the file's own.")] = "",
     chat_template: ChatTemplate = None,
@@ -206,6 +209,7 @@ def serve(
             name=name,
             max_model_len=max_model_len,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             quantize=quantize,
             template=chat_template,
             draft=draft,
@@ -279,6 +283,7 @@ def generate(
     draft: Draft = None,
     draft_tokens: DraftTokens = 8,
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     quantize: Quantize = None,
     chat_template: ChatTemplate = None,
     json: AsJson = False,
@@ -305,6 +310,7 @@ def generate(
             model,
             max_model_len=max_model_len,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             quantize=quantize,
             template=chat_template,
             draft=draft,
@@ -449,6 +455,7 @@ def batch(
     draft: Draft = None,
     draft_tokens: DraftTokens = 8,
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     quantize: Quantize = None,
     name: Annotated[str, typer.Option(help="What requests may call MODEL. Default: the file's own.")] = "",
     chat_template: ChatTemplate = None,
@@ -475,6 +482,7 @@ def batch(
             name=name,
             max_model_len=max_model_len,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             quantize=quantize,
             template=chat_template,
             draft=draft,
@@ -510,6 +518,8 @@ def compare(
     max_model_len: MaxModelLen = None,
     kv_memory: KvMemory = None,
     dtype: Dtype = "auto",
+    kv_dtype_a: KvDtype = "auto",
+    kv_dtype_b: KvDtype = "auto",
     quantize_a: Quantize = None,
     quantize_b: Quantize = None,
     json: AsJson = False,
@@ -523,8 +533,8 @@ def compare(
 
     settings = {"max_model_len": max_model_len, "dtype": dtype}
     compare(
-        named_model(model_a, quantize=quantize_a, **settings),
-        named_model(model_b, quantize=quantize_b, **settings),
+        named_model(model_a, kv_dtype=kv_dtype_a, quantize=quantize_a, **settings),
+        named_model(model_b, kv_dtype=kv_dtype_b, quantize=quantize_b, **settings),
         ParallelConfig(tp=tp, pp=pp, device=device, kv_memory=kv_memory),
         Work(prompts, max_tokens, plot),
         as_json=json,

@@ -13,6 +13,7 @@ class ModelConfig:
     name: str = ""  # served name; empty: the file's own
     quantize: str | None = None  # "int4" quantises dense safetensors on load
     dtype: str = "auto"  # activations: "bf16", "fp32" (CPU; auto: fp32 for F32/F16 files), "fp16" (GPU)
+    kv_dtype: str = "auto"  # keys and values: "auto" is as activations; "fp8" (GPU), scaled a token and head
     max_model_len: int | None = None  # None: the model's own context length
     chat_template: str | None = None  # a template's text; None: the model's own
     draft: str | None = None  # a smaller model of the same vocabulary that guesses ahead

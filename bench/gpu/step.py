@@ -27,7 +27,7 @@ from kernels.gpu.overlap import OLDEST, overlap
 from kernels.gpu.tuning import save
 from runtime.model.communicator import Alone
 from runtime.model.gpu.forward import GpuBatch, GpuForward
-from runtime.model.gpu.shard import GpuLayer, GpuShard, RowParallel
+from runtime.model.gpu.shard import DTYPE, FP8, GpuLayer, GpuShard, RowParallel
 from runtime.model.spec import ModelSpec
 
 BLOCK = 64
@@ -105,10 +105,18 @@ def decode_batch(sequences: int, positions: int, vocab: int, device: str = "cuda
     )
 
 
-def kv_cache(spec: ModelSpec, sequences: int, positions: int, device: str = "cuda") -> torch.Tensor:
+def kv_cache(
+    spec: ModelSpec, sequences: int, positions: int, device: str = "cuda", dtype: torch.dtype = DTYPE
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Keys and values, and of fp8 ones their scales."""
     blocks = sequences * -(-positions // BLOCK)
     shape = (spec.layers, blocks, 2, spec.kv_heads, BLOCK, spec.head_dim)
-    return torch.randn(shape, device=device, dtype=torch.float16)
+    if dtype == DTYPE:
+        return torch.randn(shape, device=device, dtype=dtype), None
+    cache = torch.empty(shape, device=device, dtype=dtype)
+    for layer in cache:  # a layer at a time: the whole in fp16 would be twice as large
+        layer.copy_(torch.randn(shape[1:], device=device, dtype=torch.float16) * 100)
+    return cache, torch.full(shape[:-1], 0.01, device=device)
 
 
 def both_ways(forward: GpuForward, batch: GpuBatch, repeats: int) -> tuple[float, float | None]:
@@ -136,20 +144,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=shapes.LAYERS)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--kv-dtype", choices=("fp16", "fp8"), default="fp16")
     parser.add_argument("--tune", action="store_true", help="note in kernels/gpu/tuned whether overlap pays")
     args = parser.parse_args()
     require_gpu("bench/gpu/step.py")
     torch.manual_seed(0)
     copy, spec = copy_bandwidth(), flagship(args.layers)
+    dtype = FP8 if args.kv_dtype == "fp8" else DTYPE
     shard = random_shard(spec)
     results, gains = [], []
     for sequences, positions in CASES:
         torch.cuda.empty_cache()
-        cache_bytes = 4 * spec.layers * spec.kv_heads * spec.head_dim * sequences * positions
+        one = spec.head_dim + 4 if dtype == FP8 else 2 * spec.head_dim
+        cache_bytes = 2 * spec.layers * spec.kv_heads * one * sequences * positions
         if cache_bytes > torch.cuda.mem_get_info()[0] * 0.9:
             print(f"{sequences} x {positions}: the KV cache does not fit", file=sys.stderr)
             continue
-        forward = GpuForward(shard, kv_cache(spec, sequences, positions), Alone(), positions)
+        cache, scales = kv_cache(spec, sequences, positions, dtype=dtype)
+        forward = GpuForward(shard, cache, Alone(), positions, scales)
         batch = decode_batch(sequences, positions, spec.vocab)
         ms, overlapping = both_ways(forward, batch, args.repeats)
         gains.append(ms / overlapping if overlapping else 1.0)
@@ -158,6 +170,7 @@ def main() -> None:
             {
                 "sequences": sequences,
                 "positions": positions,
+                "kv": args.kv_dtype,
                 "ms": round(ms, 3),
                 "tokens_per_s": round(sequences / ms * 1e3, 1),
                 "floor_ms": round(floor, 3),
@@ -166,7 +179,7 @@ def main() -> None:
             }
         )
         print(results[-1], file=sys.stderr, flush=True)
-        del forward, batch
+        del forward, batch, cache, scales
     if args.tune and gains:
         pays = statistics.median(gains) > 1.0
         print(save(torch.cuda.get_device_name(), {"overlap": pays}), file=sys.stderr)

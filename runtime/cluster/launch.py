@@ -22,7 +22,7 @@ from runtime.config import ParallelConfig, ServeConfig
 from runtime.errors import NotEnough, TramontaneError, Unavailable
 from runtime.model.device import resolve_device
 from runtime.model.draft import open_draft
-from runtime.model.header import open_model
+from runtime.model.header import header_device, open_model
 from runtime.model.stages import stage_layers
 from runtime.model.units import rank_units
 from runtime.types import EngineInfo, Finished, FinishReason, Request, SamplingParams
@@ -51,7 +51,7 @@ class Cluster:
         self.lost = False  # for whoever has heard that it is: nobody is asked to end in order any more
         if ray_address is None:
             config = _on(config, resolve_device(config.parallel.device))
-        opened = open_model(config.model)
+        opened = open_model(config.model, header_device(config.model, config.parallel.device))
         rank_units(len(opened.units), config.parallel.tp)
         stage_layers(opened, config.parallel.pp)
         draft = open_draft(config.model, opened, config.parallel)

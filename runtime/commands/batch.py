@@ -73,7 +73,7 @@ def batch_model(
 
     @contextmanager
     def engine() -> Iterator[Answerers]:
-        front = open_front(config.model, chat=True)
+        front = open_front(config.model, chat=True, device=config.parallel.device)
         preview(front, config)
         rebuilds = REBUILDS if config.parallel.replicas > 1 else 0
         with start_engine(config, local=local, ray_address=ray_address, rebuilds=rebuilds) as running:

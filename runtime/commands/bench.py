@@ -65,7 +65,7 @@ def bench_model(
     config: ServeConfig, work: Workload, *, local: bool, ray_address: str | None, as_json: bool
 ) -> None:
     """Measure an engine of its own. Raises TramontaneError."""
-    front = open_front(config.model, chat=False)
+    front = open_front(config.model, chat=False, device=config.parallel.device)
     _check(work, preview(front, config).context_length)
     with start_engine(config, local=local, ray_address=ray_address) as engine:
 

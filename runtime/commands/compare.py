@@ -63,7 +63,7 @@ def compare(a: ModelConfig, b: ModelConfig, parallel: ParallelConfig, work: Work
     if work.plot is not None and not work.plot.parent.is_dir():
         raise NotFound("folder", str(work.plot.parent), "it is to hold the plot")
     texts = read_prompts(work.prompts)
-    fronts = [open_front(model, chat=False) for model in (a, b)]
+    fronts = [open_front(model, chat=False, device=parallel.device) for model in (a, b)]
     first, second = (front.tokenizer for front in fronts)
     check_vocabularies(first, second)
     prompts = encode_alike(first, second, texts)

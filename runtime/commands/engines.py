@@ -16,7 +16,7 @@ from runtime.commands.supervisor import Built, Say, Supervised
 from runtime.config import ModelConfig, ServeConfig
 from runtime.errors import InvalidArgument, Unavailable
 from runtime.model.draft import open_draft
-from runtime.model.header import OpenModel, open_model
+from runtime.model.header import OpenModel, header_device, open_model
 from runtime.model.stages import stage_layers
 from runtime.model.units import rank_units
 from runtime.server.engine_client import EngineClient
@@ -51,10 +51,10 @@ class Engine(Protocol):
         ...
 
 
-def open_front(model: ModelConfig, *, chat: bool) -> Front:
+def open_front(model: ModelConfig, *, chat: bool, device: str = "auto") -> Front:
     """Read the header, build the tokenizer and, for `chat`, the template. Raises TramontaneError."""
     with working("reading the model's header"):
-        opened = open_model(model)
+        opened = open_model(model, header_device(model, device))
         checkpoint = opened.checkpoint
         tokenizer = _tokenizer(opened)
         source = model.chat_template or tokenizer.chat_template

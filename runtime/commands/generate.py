@@ -29,7 +29,7 @@ class Ask:
 
 def generate(config: ServeConfig, ask: Ask, *, local: bool, ray_address: str | None, as_json: bool) -> None:
     """Print the reply: its text as it grows, or all that is known of it as JSON. Raises TramontaneError."""
-    front = open_front(config.model, chat=ask.chat)
+    front = open_front(config.model, chat=ask.chat, device=config.parallel.device)
     likely = front.pipeline(None, preview(front, config))
     asyncio.run(likely.prepare(_completion(ask, likely)))  # a bad parameter is found before weights are read
     with start_engine(config, local=local, ray_address=ray_address) as engine:

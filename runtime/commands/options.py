@@ -59,6 +59,12 @@ Dtype = Annotated[
     str,
     typer.Option(metavar="auto|bf16|fp32", help="Activations. auto: fp32 for F32 and F16 files, else bf16."),
 ]
+KvDtype = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|fp8", help="Keys and values. fp8, on GPUs: half the memory, scaled a token and head."
+    ),
+]
 Quantize = Annotated[str | None, typer.Option(metavar="int4", help="Quantise safetensors while loading.")]
 ChatTemplate = Annotated[
     Path | None, typer.Option(metavar="FILE", help="A Jinja chat template in place of the model's own.")

@@ -137,7 +137,7 @@ def describe(
         "constants": {name: asdict(constant) for name, constant in constants.items()},
         "layouts": [_layout_value(layout) for layout in layouts],
         "best": {"tp": best.tp, "pp": best.pp, "replicas": best.replicas, "refused": best.refused},
-        "command": _command(best, machines, context, draft=draft),
+        "command": _command(best, machines, context, draft=draft, fp8=opened.kv_dtype == "fp8"),
         "notes": [],
     }
 
@@ -188,12 +188,13 @@ def _round_value(one: Round) -> dict:
     }
 
 
-def _command(layout: Layout, machines: Machines, context: int, *, draft: bool) -> str:
+def _command(layout: Layout, machines: Machines, context: int, *, draft: bool, fp8: bool) -> str:
     words = f"tramontane serve MODEL --device cuda {layout.options}"
     words += f" --replicas {layout.replicas}" if layout.replicas > 1 else ""
     words += f" --max-model-len {context}"
     words += f" --max-num-seqs {layout.users}" if layout.users > EngineConfig().max_num_seqs else ""
     words += " --draft DRAFT" if draft else ""
+    words += " --kv-dtype fp8" if fp8 else ""
     return words + (" --ray-address auto" if machines.nodes > 1 else "")
 
 

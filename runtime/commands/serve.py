@@ -51,7 +51,7 @@ def check(config: ServeConfig, rebuilds: int) -> Front:
     """Refuse all that can be refused before weights are read. Raises TramontaneError."""
     check_addresses(config.host, config.port, config.metrics_port)
     open_access(config.access)
-    front = open_front(config.model, chat=True)
+    front = open_front(config.model, chat=True, device=config.parallel.device)
     preview(front, config)
     if rebuilds < 0:
         raise InvalidArgument("rebuilds", f"must be 0 or more, not {rebuilds}")

@@ -15,7 +15,7 @@ def open_draft(config: ModelConfig, opened: OpenModel, parallel: ParallelConfig)
         return None
     if parallel.pp > 1:
         raise InvalidArgument("draft", f"is not possible with --pp {parallel.pp}: give one or the other")
-    draft = open_model(ModelConfig(config.draft), opened.device)
+    draft = open_model(ModelConfig(config.draft, kv_dtype=opened.kv_dtype), opened.device)
     if draft.spec.vocab != opened.spec.vocab:
         raise InvalidArgument(
             "draft",

@@ -33,12 +33,16 @@ class OpenModel:
     dense: frozenset[str]  # roles kept in bf16 even where int4 would do
     quantize: str | None
     device: str = "cpu"  # or "cuda"
+    kv_dtype: str = "auto"  # as `dtype`, or "fp8"
 
     @property
     def kv_bytes_per_position(self) -> int:
-        """Bytes of keys and values of one position over all layers and heads."""
+        """Bytes of keys and values of one position over all layers and heads, scales counted."""
         spec = self.spec
-        return spec.layers * 2 * spec.kv_heads * spec.head_dim * (4 if self.dtype == "fp32" else 2)
+        one = spec.head_dim * (4 if self.dtype == "fp32" else 2)
+        if self.kv_dtype == "fp8":
+            one = spec.head_dim + 4
+        return spec.layers * 2 * spec.kv_heads * one
 
 
 def model_spec(checkpoint: Checkpoint) -> ModelSpec:
@@ -76,11 +80,23 @@ def open_model(config: ModelConfig, device: str = "cpu") -> OpenModel:
         raise InvalidArgument("quantize", "a GGUF file is served as it is quantised; this is for safetensors")
     if config.quantize and checkpoint.packed:
         raise InvalidArgument("quantize", f"the model is quantised already: {checkpoint.packed}")
+    if config.kv_dtype not in ("auto", "fp8"):
+        raise InvalidArgument("kv-dtype", f"{config.kv_dtype!r} is neither auto nor fp8")
+    if config.kv_dtype == "fp8" and device != "cuda":
+        raise InvalidArgument("kv-dtype", "fp8 is not possible on a CPU: auto")
     dtype = _gpu_dtype(config) if device == "cuda" else _cpu_dtype(config, checkpoint, spec)
     down = [checkpoint.tensors[f"blk.{i}.ffn_down.weight"].type for i in range(spec.layers)]
     block = 32 if config.quantize else max(t.block for t in down)
     dense = DENSE_ROLES if dtype == "bf16" else frozenset()
-    return OpenModel(checkpoint, spec, spec.units(block), dtype, dense, config.quantize, device)
+    units = spec.units(block)
+    return OpenModel(checkpoint, spec, units, dtype, dense, config.quantize, device, config.kv_dtype)
+
+
+def header_device(config: ModelConfig, wanted: str) -> str:
+    """What to open a header for before it is known where ranks will be: "cuda" where nothing else will do."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if config.kv_dtype == "fp8" else "cpu"
 
 
 def _gpu_dtype(config: ModelConfig) -> str:

@@ -41,9 +41,12 @@ def load_shard(
     slices = shard_slices(model.spec, model.units, run, layers)
     loader = load(model.checkpoint, slices, threads=threads, quantize=model.quantize, progress=progress)
     if model.device == "cuda":
-        from runtime.model.gpu.shard import build_gpu_shard  # brings Triton along
+        from runtime.model.gpu.shard import DTYPE, FP8, build_gpu_shard  # brings Triton along
 
-        shard = build_gpu_shard(model.spec, model.units, run, loader, device="cuda", layers=layers)
+        shard = build_gpu_shard(
+            model.spec, model.units, run, loader,
+            device="cuda", layers=layers, kv_dtype=FP8 if model.kv_dtype == "fp8" else DTYPE,
+        )  # fmt: skip
     else:
         dtype = DTYPES[model.dtype]
         shard = build_shard(
@@ -88,7 +91,7 @@ def numerics(opened: OpenModel) -> str:
     if opened.device == "cuda":
         from runtime.model.gpu.numerics import gpu_numerics_name
 
-        return gpu_numerics_name(units=len(opened.units), quantize=opened.quantize)
+        return gpu_numerics_name(units=len(opened.units), quantize=opened.quantize, kv_dtype=opened.kv_dtype)
     return numerics_name(
         dtype=DTYPES[opened.dtype],
         dense=opened.dense,

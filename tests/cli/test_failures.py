@@ -56,6 +56,8 @@ def test_a_model_that_is_none(command, tmp_path):
         (["--device", "cuda"], ["device", "cuda", "cpu"]),
         (["--device", "abacus"], ["device", "abacus"]),
         (["--dtype", "fp8"], ["dtype", "fp8"]),
+        (["--kv-dtype", "fp4"], ["kv-dtype", "fp4"]),
+        (["--kv-dtype", "fp8", "--device", "cpu"], ["kv-dtype", "fp8", "CPU"]),
         (["--quantize", "int4"], ["quantize", "GGUF"]),
         (["--max-model-len", "0"], ["max-model-len"]),
         (["--max-model-len", "100000"], ["max-model-len", "256"]),

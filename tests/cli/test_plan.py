@@ -170,6 +170,18 @@ def test_room_for_kv(large):
         assert layout.tokens_per_second == pytest.approx(100 / layout.full.seconds)
 
 
+def test_fp8_keys_and_values_take_half(large):
+    """A byte an element and 4 a token and head: 132 where fp16 has 256."""
+    plain, small = (
+        run("plan", str(large), "--gpus", "2xH200", "--users", "16", "--json", *more).json
+        for more in ((), ("--kv-dtype", "fp8"))
+    )
+    assert small["kv_bytes_per_token"] * 256 == plain["kv_bytes_per_token"] * 132
+    assert small["layouts"][-1]["kv"]["tokens"] > 1.9 * plain["layouts"][-1]["kv"]["tokens"]
+    assert "--kv-dtype fp8" in small["command"]
+    assert "--kv-dtype" not in plain["command"]
+
+
 # ---- what is said ---------------------------------------------------------------------------------------
 
 

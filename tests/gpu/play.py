@@ -11,7 +11,7 @@ from runtime.config import ModelConfig
 from runtime.model.communicator import Alone, Communicator, Threads
 from runtime.model.gpu.forward import GpuBatch, GpuForward
 from runtime.model.gpu.runner import GpuRunner
-from runtime.model.gpu.shard import GpuShard, build_gpu_shard
+from runtime.model.gpu.shard import DTYPE, FP8, GpuShard, build_gpu_shard
 from runtime.model.gpu.steps import Steps
 from runtime.model.header import OpenModel, open_model
 from runtime.model.layout import shard_slices
@@ -25,9 +25,10 @@ BLOCK = 16
 Reply = tuple[tuple[int, float, tuple], ...]
 
 
-def opened(path: Path) -> OpenModel:
+def opened(path: Path, kv_dtype: str = "auto") -> OpenModel:
     """Folders of dense weights are quantised on load."""
-    return open_model(ModelConfig(str(path), quantize="int4" if path.is_dir() else None), "cuda")
+    quantize = "int4" if path.is_dir() else None
+    return open_model(ModelConfig(str(path), quantize=quantize, kv_dtype=kv_dtype), "cuda")
 
 
 def shard_of(model: OpenModel, comm: Communicator, layers: Span | None = None) -> GpuShard:
@@ -35,7 +36,10 @@ def shard_of(model: OpenModel, comm: Communicator, layers: Span | None = None) -
     run = rank_units(len(model.units), comm.size)[comm.rank]
     slices = shard_slices(model.spec, model.units, run, layers)
     loader = load(model.checkpoint, slices, threads=1, quantize=model.quantize)
-    return build_gpu_shard(model.spec, model.units, run, loader, device=DEVICE, layers=layers)
+    kv_dtype = FP8 if model.kv_dtype == "fp8" else DTYPE
+    return build_gpu_shard(
+        model.spec, model.units, run, loader, device=DEVICE, layers=layers, kv_dtype=kv_dtype
+    )
 
 
 def runner(

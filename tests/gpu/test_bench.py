@@ -14,6 +14,7 @@ from bench.gpu.step import decode_batch, flagship, kv_cache, random_shard
 from kernels.gpu.linear import linear
 from runtime.model.communicator import Alone
 from runtime.model.gpu.forward import GpuForward
+from runtime.model.gpu.shard import DTYPE, FP8
 from tests.gpu.device import DEVICE, ON_GPU
 from tests.support import REPOSITORY
 
@@ -26,10 +27,12 @@ def test_random_weights_are_of_a_models_size(kind: str) -> None:
     assert 0.01 < float(y.std()) < 10
 
 
-def test_a_small_step() -> None:
+@pytest.mark.parametrize("dtype", [DTYPE, FP8], ids=["fp16", "fp8"])
+def test_a_small_step(dtype: torch.dtype) -> None:
     spec = replace(flagship(1), hidden=256, heads=4, kv_heads=2, head_dim=64, ffn=512, vocab=96)
     shard = random_shard(spec, DEVICE)
-    forward = GpuForward(shard, kv_cache(spec, 2, 70, DEVICE), Alone(), 70)
+    cache, scales = kv_cache(spec, 2, 70, DEVICE, dtype)
+    forward = GpuForward(shard, cache, Alone(), 70, scales)
     logits = forward.logits(decode_batch(2, 70, spec.vocab, DEVICE))
     assert logits.shape == (2, 96)
     assert logits.isfinite().all()

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from kernels.gpu.rope import rope_store
 from runtime.config import ModelConfig
 from runtime.model.communicator import Alone
+from runtime.model.gpu.shard import FP8
 from runtime.model.header import open_model
-from runtime.model.load import load_shard
+from runtime.model.load import load_shard, numerics
 from runtime.model.runner import Runner
 from runtime.sampling.sampler import SamplerState, sample
 from runtime.types import Chunk, SamplingParams, SequenceStart, StepPlan
@@ -53,6 +55,30 @@ def test_company_and_chunks(model, alone) -> None:
     run = opened(model)
     assert replies(runner(run, 64, 3), PROMPTS, 3) == alone
     assert replies(runner(run, 64, 3), PROMPTS, 3, chunk=2) == alone
+
+
+def test_fp8_keys_and_values(model, alone, monkeypatch) -> None:
+    """Half the memory; replies as of a cache whose numbers were rounded to fp8; and the same in any company,
+    in chunks and on ranks."""
+    fp8 = opened(model, "fp8")
+    assert numerics(fp8) == numerics(opened(model)).replace("kv-fp16", "kv-fp8")
+    run = runner(fp8, 64, 2)
+    found = replies(run, PROMPTS[:2], 2, chunk=3)
+    assert run.cache_bytes == fp8.kv_bytes_per_position * 2 * 64
+    assert run.cache_bytes < 0.55 * runner(opened(model), 64, 2).cache_bytes
+    assert replies(runner(fp8, 64, 1), PROMPTS[:1], 2) == found[:1]
+    assert replies_of_ranks(fp8, 2, PROMPTS[:1], 2) == found[:1]
+
+    def store_rounded(partials, positions, slots, cos, sin, q, cache, *, scales, **shape) -> None:
+        rope_store(partials, positions, slots, cos, sin, q, cache, **shape)
+        scale = cache.float().abs().amax(-1, keepdim=True) / 448  # rounding again changes next to nothing
+        cache.copy_((cache.float() / scale.clamp(min=1e-30)).to(FP8).float() * scale)
+
+    monkeypatch.setattr("runtime.model.gpu.forward.rope_store", store_rounded)
+    (rounded,) = replies(runner(opened(model), 64, 1), PROMPTS[:1], 2)
+    assert [token for token, _, _ in found[0]] == [token for token, _, _ in rounded]
+    assert [p for _, p, _ in found[0]] == pytest.approx([p for _, p, _ in rounded], abs=0.015)
+    assert [p for _, p, _ in found[0]] != pytest.approx([p for _, p, _ in alone[0][:2]], abs=0.015)
 
 
 def test_a_step_ahead(model, alone) -> None:

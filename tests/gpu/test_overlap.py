@@ -53,7 +53,7 @@ def test_a_tuned_file_keeps_it_beside_tilings(tmp_path, monkeypatch) -> None:
 def test_captured_steps_give_the_same_bits(sequences: int) -> None:
     """Many replays: a kernel that does not wait would now and then read what is not there yet."""
     spec = replace(flagship(8), hidden=1024, heads=16, kv_heads=2, head_dim=64, ffn=2048, vocab=4096)
-    cache = kv_cache(spec, sequences, 600)
+    cache, _ = kv_cache(spec, sequences, 600)
     forward = GpuForward(random_shard(spec), cache, Alone(), 600)
     batch = decode_batch(sequences, 600, spec.vocab)
     kept = cache.clone()

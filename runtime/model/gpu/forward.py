@@ -47,10 +47,19 @@ class GpuBatch:
 class GpuForward:
     """A shard bound to its KV cache and its group."""
 
-    def __init__(self, shard: GpuShard, cache: torch.Tensor, comm: Communicator, max_positions: int):
-        """cache [layers held, blocks, 2, KV heads held, block_size, D]."""
+    def __init__(
+        self,
+        shard: GpuShard,
+        cache: torch.Tensor,
+        comm: Communicator,
+        max_positions: int,
+        scales: torch.Tensor | None = None,
+    ):
+        """cache [layers held, blocks, 2, KV heads held, block_size, D]; scales, of an fp8 cache: fp32 of the
+        same shape without D."""
         self.shard = shard
         self.cache = cache
+        self.scales = scales
         self.comm = comm
         spec = shard.spec
         cos, sin = rope_table(spec, shard.rope_factors, max_positions)
@@ -85,16 +94,17 @@ class GpuForward:
         )
         workspace = new(scratch, dtype=torch.float32)
         partials = None
-        for layer, cache in zip(shard.layers, self.cache, strict=True):
+        each_scales = [None] * len(shard.layers) if self.scales is None else self.scales
+        for layer, cache, scales in zip(shard.layers, self.cache, each_scales, strict=True):
             add_norm(residual, partials, layer.attention_norm, spec.norm_eps, h)
             rope_store(
                 side_by_side(h, layer.qkv), batch.positions, batch.slots, self.cos, self.sin, q, cache,
-                heads=self.heads, kv_heads=self.kv_heads, head_dim=spec.head_dim,
+                heads=self.heads, kv_heads=self.kv_heads, head_dim=spec.head_dim, scales=scales,
             )  # fmt: skip
             paged_attention(
                 q, cache, batch.block_table, batch.query_start, batch.context_len, attended, workspace,
                 scale=spec.head_dim**-0.5, window=spec.sliding_window, longest=batch.longest,
-                split_rows=batch.split_rows,
+                split_rows=batch.split_rows, scales=scales,
             )  # fmt: skip
             partials = self._product(attended.view(m, -1), layer.attention_output, self.sum_attention)
             add_norm(residual, partials, layer.ffn_norm, spec.norm_eps, h)

@@ -23,10 +23,10 @@ from kernels.gpu.launch import INTERPRETED
 _FOLDERS = ("model", "model/gpu", "sampling", "weights")
 
 
-def gpu_numerics_name(*, units: int, quantize: str | None) -> str:
+def gpu_numerics_name(*, units: int, quantize: str | None, kv_dtype: str = "auto") -> str:
     """For example `sm90/torch2.13.0/triton3.9.0/5f0c9a1d/fp16.kv-fp16/chunk2048.segment512/u8`."""
     versions = f"torch{torch.__version__.split('+')[0]}/triton{triton.__version__}"
-    types = "fp16.kv-fp16" + (f".{quantize}" if quantize else "")
+    types = f"fp16.kv-{'fp8' if kv_dtype == 'fp8' else 'fp16'}" + (f".{quantize}" if quantize else "")
     return f"{_architecture()}/{versions}/{_sources()}/{types}/chunk{CHUNK}.segment{int(SEGMENT)}/u{units}"
 
 

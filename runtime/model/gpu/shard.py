@@ -19,7 +19,8 @@ from runtime.model.units import Span, Unit, subtrees
 from runtime.weights.plan import Slice
 from runtime.weights.planar import Planar
 
-DTYPE = torch.float16  # of activations and KV
+DTYPE = torch.float16  # of activations, and of KV unless it is FP8
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class GpuShard:
     output_norm: torch.Tensor | None  # in the last stage alone
     head: PlanarWeight | None  # in the last stage alone
     rope_factors: torch.Tensor | None
+    kv_dtype: torch.dtype = DTYPE  # of keys and values; FP8 with a scale a token and head
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +78,7 @@ def build_gpu_shard(
     *,
     device: torch.device | str,
     layers: Span | None = None,
+    kv_dtype: torch.dtype = DTYPE,
 ) -> GpuShard:
     """Build a rank's weights from its slices, taken in the order of `shard_slices`. Each goes to the device
     as it arrives. `layers`: None is all. Raises ValueError naming the tensor that a kernel does not take."""
@@ -118,6 +121,7 @@ def build_gpu_shard(
             output_norm,
             head,
             factors,
+            kv_dtype,
         )
 
     def layer(index: int) -> GpuLayer:

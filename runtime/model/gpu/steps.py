@@ -18,7 +18,7 @@ from runtime.model.batch import Run
 from runtime.model.communicator import Communicator
 from runtime.model.gpu.batch import Shape, Unseen, captured_shape, make_batch
 from runtime.model.gpu.forward import GpuBatch, GpuForward
-from runtime.model.gpu.shard import DTYPE, GpuShard
+from runtime.model.gpu.shard import FP8, GpuShard
 
 _CHANGING = ("tokens", "positions", "slots", "block_table", "query_start", "context_len")
 
@@ -51,8 +51,11 @@ class Steps:
         held = shard.units[shard.run[0] : shard.run[1]]
         kv_heads = held[-1].kv_heads[1] - held[0].kv_heads[0]
         shape = (len(shard.layers), total_blocks, 2, kv_heads, block_size, spec.head_dim)
-        cache = torch.zeros(shape, dtype=DTYPE, device=shard.device)
-        self.forward = GpuForward(shard, cache, comm, max_positions)
+        cache = torch.zeros(shape, dtype=shard.kv_dtype, device=shard.device)
+        scales = None
+        if shard.kv_dtype == FP8:
+            scales = torch.zeros(shape[:-1], dtype=torch.float32, device=shard.device)
+        self.forward = GpuForward(shard, cache, comm, max_positions, scales)
         self.graphs = graphs if graphs is not None else shard.device.type == "cuda" and comm.size == 1
         self._block_size = block_size
         self._most_blocks = -(-max_positions // block_size)
@@ -64,7 +67,8 @@ class Steps:
 
     @property
     def cache_bytes(self) -> int:
-        return self.forward.cache.nbytes
+        forward = self.forward
+        return forward.cache.nbytes + (0 if forward.scales is None else forward.scales.nbytes)
 
     def logits(self, runs: Sequence[Run], unseen: Unseen | None = None) -> torch.Tensor | None:
         """fp32 [wanted, V] at rank 0: rows of samples in the order of `runs`, then scored ones. To be used
