@@ -5,7 +5,9 @@
 
 Medians over graph replays, decode going through enough sequences' KV to miss the cache; its share is of KV's
 bytes alone against the run's own copy bandwidth, a prompt's of the run's own fp16 product. Peers, where they
-are installed: torch's SDPA for prefill, flashinfer. Needs torch and triton alone.
+are installed: torch's SDPA for prefill, flashinfer. Each is timed on the very operands, and only if its
+results are ours within fp16's rounding; "against_..." is its time over ours. Needs torch, triton and numpy
+alone.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.gpu.peers import against, figure, versions
 from bench.gpu.shapes import HEAD_DIM, HEADS, KV_HEADS
 from bench.gpu.timing import captured, copy_bandwidth, matmul_rate, median_ms, report, require_gpu, show
 from kernels.gpu import attention
@@ -31,6 +34,7 @@ SCALE = HEAD_DIM**-0.5
 DECODE = ((1024, 1), (1024, 8), (1024, 32), (8192, 1), (8192, 8), (8192, 32))  # context, sequences
 PREFILL = 8192
 ONE_SEGMENT = 1 << 24  # positions
+DISTRIBUTIONS = {"sdpa_us": "torch", "flashinfer_us": "flashinfer-python"}
 
 
 @dataclass
@@ -86,7 +90,8 @@ def decode(context: int, sequences: int, kv: torch.dtype, block: int, copy: floa
         "share_of_copy": round(calls[0].cache.nbytes / (ms * 1e-3) / copy, 3),
     }  # fmt: skip
     if kv == torch.float16:
-        row |= peer("flashinfer_us", lambda: flashinfer_decode(calls, context, block, repeats))
+        row |= figure("flashinfer_us", lambda: flashinfer_decode(calls, block, repeats))
+        row |= against("against_best_peer", row, DISTRIBUTIONS)
     return row
 
 
@@ -104,8 +109,9 @@ def prefill(context: int, kv: torch.dtype, block: int, matmul: float, repeats: i
 
     row = timed("prefill")
     if kv == torch.float16:
-        row |= peer("sdpa_us", lambda: sdpa(paged, context, block, repeats))
-        row |= peer("flashinfer_us", lambda: flashinfer_prefill(paged, context, block, repeats))
+        row |= figure("sdpa_us", lambda: sdpa(paged, repeats))
+        row |= figure("flashinfer_us", lambda: flashinfer_prefill(paged, repeats))
+        row |= against("against_sdpa", row, ["sdpa_us"]) | against("against_best_peer", row, DISTRIBUTIONS)
     yield row
     attention.SEGMENT, kept = ONE_SEGMENT, attention.SEGMENT
     try:
@@ -114,24 +120,21 @@ def prefill(context: int, kv: torch.dtype, block: int, matmul: float, repeats: i
         attention.SEGMENT = kept
 
 
-def peer(name: str, measure: Callable[[], float]) -> dict:
-    """A peer's figure, or nothing and a line on standard error where it is missing or refuses."""
-    try:
-        return {name: round(measure() * 1e3, 1)}
-    except Exception as error:
-        print(f"{name}: {str(error).splitlines()[0] if str(error) else error!r}", file=sys.stderr)
-        return {}
-
-
-def contiguous(paged: Paged, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def contiguous(paged: Paged) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [KV heads, context, D] of the one sequence."""
     kv = paged.cache[paged.table[0].long()].permute(1, 2, 0, 3, 4)
     return tuple(kv.reshape(2, KV_HEADS, -1, HEAD_DIM))
 
 
-def sdpa(paged: Paged, context: int, block: int, repeats: int) -> float:
-    """torch's own, over contiguous KV; also compared with, so that no wrong result is timed."""
-    keys, values = (x[None] for x in contiguous(paged, block))
+def same(paged: Paged, peer: torch.Tensor) -> None:
+    """AssertionError unless a peer's [rows, heads, D] are ours."""
+    paged()
+    torch.testing.assert_close(paged.out, peer, rtol=2e-2, atol=2e-3)
+
+
+def sdpa(paged: Paged, repeats: int) -> float:
+    """torch's own, over contiguous KV."""
+    keys, values = (x[None] for x in contiguous(paged))
     q = paged.q.transpose(0, 1)[None].contiguous()
 
     def call() -> torch.Tensor:
@@ -139,12 +142,11 @@ def sdpa(paged: Paged, context: int, block: int, repeats: int) -> float:
             q, keys, values, is_causal=True, scale=SCALE, enable_gqa=True
         )
 
-    paged()
-    torch.testing.assert_close(paged.out, call()[0].transpose(0, 1), rtol=2e-2, atol=2e-3)
+    same(paged, call()[0].transpose(0, 1))
     return median_ms(captured([call]), repeats)
 
 
-def flashinfer_decode(calls: list[Paged], context: int, block: int, repeats: int) -> float:
+def flashinfer_decode(calls: list[Paged], block: int, repeats: int) -> float:
     import flashinfer
 
     runs = []
@@ -158,19 +160,22 @@ def flashinfer_decode(calls: list[Paged], context: int, block: int, repeats: int
             q_data_type=torch.float16, kv_data_type=torch.float16, sm_scale=SCALE,
         )  # fmt: skip
         runs.append(lambda wrapper=wrapper, paged=paged: wrapper.run(paged.q, paged.cache))
+    same(calls[0], runs[0]())
     return median_ms(captured(runs), repeats) / len(runs)
 
 
-def flashinfer_prefill(paged: Paged, context: int, block: int, repeats: int) -> float:
+def flashinfer_prefill(paged: Paged, repeats: int) -> float:
     import flashinfer
 
-    keys, values = contiguous(paged, block)
+    # Positions before heads: its own order, unless told otherwise.
+    keys, values = (x.transpose(0, 1).contiguous() for x in contiguous(paged))
 
     def call() -> torch.Tensor:
         return flashinfer.single_prefill_with_kv_cache(
-            paged.q, keys, values, causal=True, kv_layout="HND", sm_scale=SCALE
+            paged.q, keys, values, causal=True, kv_layout="NHD", sm_scale=SCALE
         )
 
+    same(paged, call())
     return median_ms(captured([call]), repeats)
 
 
@@ -230,7 +235,9 @@ def main() -> None:
     ):
         print(row, file=sys.stderr, flush=True)
         rows.append(row)
-    show(report(rows, copy_gb_s=round(copy / 1e9, 1), fp16_tflops=round(matmul / 1e12, 1)))
+    found = report(rows, copy_gb_s=round(copy / 1e9, 1), fp16_tflops=round(matmul / 1e12, 1))
+    found["versions"] = versions(rows, DISTRIBUTIONS) | found["versions"]
+    show(found)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 Medians over graph replays that go through enough copies of the weights to miss the cache; shares are of the
 run's own copy bandwidth (decode) and of its own bf16 product (prefill). "Free order" is the same kernel
-without the rule's chunks and trees. Peers are measured where they are installed: torch's tinygemm (int4),
-bf16 torch.mm. Needs torch and triton alone.
+without the rule's chunks and trees. Peers are measured where they are installed (peers.py says which, and how
+to bring them), and bf16 torch.mm; "against_best_peer" is the quickest peer's time over ours, up to 32 rows.
+Needs torch, triton and numpy alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.gpu import shapes
+from bench.gpu import peers, shapes
+from bench.gpu.peers import Peer
 from bench.gpu.shapes import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, UNITS, random_weight
 from bench.gpu.timing import captured, copy_bandwidth, matmul_rate, median_ms, report, require_gpu, show
 from kernels.gpu import chunks
@@ -76,6 +78,7 @@ def timed(
 
 def measure(kinds: list[str], repeats: int) -> Iterator[dict]:
     copy, matmul = copy_bandwidth(), matmul_rate(torch.bfloat16)
+    others = peers.available(kinds)
     yield {"copy_gb_s": round(copy / 1e9, 1), "bf16_tflops": round(matmul / 1e12, 1)}
     for shape, kind, tokens in itertools.product(SHAPES, kinds, DECODE + PREFILL):
         ms, size, weights = timed(shape, kind, tokens, None, repeats)
@@ -90,7 +93,9 @@ def measure(kinds: list[str], repeats: int) -> Iterator[dict]:
         if tokens in (16, 2048):
             with free_order():
                 row["free_order_us"] = round(timed(shape, kind, tokens, tiling, repeats)[0] * 1e3, 1)
-        row |= peers(shape, tokens, repeats) if kind == "int4 g128" else {}
+        row |= beside(shape, kind, tokens, repeats, others)
+        if tokens <= 32:
+            row |= peers.against("against_best_peer", row, peers.DISTRIBUTIONS)
         print(row, file=sys.stderr, flush=True)
         yield row
         del weights
@@ -110,29 +115,22 @@ def free_order() -> Iterator[None]:
         chunks.schedule.cache_clear()
 
 
-def peers(shape: Shape, tokens: int, repeats: int) -> dict[str, float]:
-    """us of torch's own int4 g128 product, and of bf16, on the same sizes (gate and up as one matrix)."""
+def beside(shape: Shape, kind: str, tokens: int, repeats: int, others: list[Peer]) -> dict[str, float]:
+    """us of the peers in the same format, and of bf16, on the same sizes (gate and up as one matrix)."""
     n, k = shape.rows * (1 + shape.gated), shape.width * shape.units
+    copies = min(32, max(1, 2 * COLD // (n * k))) if tokens <= 64 else 1
+    columns = peers.beside(others, kind, n, k, tokens, copies, repeats)
+    if kind == "int4 g128":
+        columns["bf16_us"] = round(bf16(n, k, tokens, repeats) * 1e3, 1)
+    return columns
+
+
+def bf16(n: int, k: int, tokens: int, repeats: int) -> float:
+    """Median ms of torch's own product with dense weights."""
     x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
-    found = {}
-    dense = [
-        torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(1, COLD // (2 * n * k)))
-    ]
-    run = captured([lambda w=w: torch.mm(x, w.t()) for w in dense])
-    found["bf16_us"] = round(median_ms(run, repeats) / len(dense) * 1e3, 1)
-    del dense
-    try:
-        packed, scales = [], []
-        for _ in range(min(32, max(1, 2 * COLD // (n * k)))):
-            codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
-            packed.append(torch._convert_weight_to_int4pack(codes, 8))
-            scales.append(torch.randn(k // 128, n, 2, device="cuda", dtype=torch.bfloat16))
-        pairs = list(zip(packed, scales, strict=True))
-        run = captured([lambda w=w, s=s: torch._weight_int4pack_mm(x, w, 128, s) for w, s in pairs])
-        found["tinygemm_us"] = round(median_ms(run, repeats) / len(pairs) * 1e3, 1)
-    except (RuntimeError, NotImplementedError) as error:
-        print(f"tinygemm: {str(error).splitlines()[0]}", file=sys.stderr)
-    return found
+    copies = max(1, COLD // (2 * n * k))
+    dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+    return median_ms(captured([lambda w=w: torch.mm(x, w.t()) for w in dense]), repeats) / copies
 
 
 def candidates(shape: Shape, tokens: int) -> Iterator[Tiling]:
@@ -185,7 +183,9 @@ def main() -> None:
         print(save(torch.cuda.get_device_name(), tune(args.formats, args.repeats)))
         return
     ceilings, *rows = measure(args.formats, args.repeats)
-    show(report(rows, **ceilings))
+    found = report(rows, **ceilings)
+    found["versions"] = peers.versions(rows, peers.DISTRIBUTIONS) | found["versions"]
+    show(found)
 
 
 if __name__ == "__main__":
