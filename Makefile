@@ -26,7 +26,11 @@ test: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	-$(VENV)/bin/tramontane pull $(MODEL)  # without it, tests on a real chat model skip and say so
-	$(VENV)/bin/python -m pytest --durations=25
+	@# Those that run in one process beside each other, then those that want the machine for themselves.
+	@status=0; \
+	 $(VENV)/bin/python -m pytest -m "not alone" -n auto --dist worksteal --durations=15 || status=$$?; \
+	 $(VENV)/bin/python -m pytest -m alone --durations=15 || status=$$?; \
+	 exit $$status
 
 conformance: $(VENV)/.tests
 	-$(VENV)/bin/tramontane pull $(MODEL)  # without it, the suite says that it is not there

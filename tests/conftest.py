@@ -19,7 +19,19 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the mach
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Folders whose tests start processes that talk to each other, and wait for them.
+ALONE = {"bench", "cli", "cluster", "deploy", "server", "wire"}
+
 TinyModel = Callable[..., Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` runs all others on as many processes as there are cores, and then these."""
+    here = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(here).parts[0]
+        if folder in ALONE or item.get_closest_marker("cluster"):
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(autouse=True)

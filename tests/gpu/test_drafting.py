@@ -78,9 +78,9 @@ def test_an_engine_whose_guesses_are_wrong(model, plain, tmp_path, monkeypatch) 
     draft = write_folder(tmp_path, **SHAPE, seed=2)
     happened = []
 
-    def build(spec, units, run, loaded, *, device, layers):
+    def build(spec, units, run, loaded, *, device, **more):
         happened.append("load")
-        return build_gpu_shard(spec, units, run, loaded, device=DEVICE, layers=layers)
+        return build_gpu_shard(spec, units, run, loaded, device=DEVICE, **more)
 
     def free() -> tuple[int, int]:
         happened.append("measure")

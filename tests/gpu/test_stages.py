@@ -61,9 +61,9 @@ def test_an_engine_of_stages(model, plain, monkeypatch) -> None:
 
     held = []
 
-    def build(spec, units, run, loaded, *, device, layers):
-        held.append(layers)
-        return build_gpu_shard(spec, units, run, loaded, device=DEVICE, layers=layers)
+    def build(spec, units, run, loaded, *, device, **more):
+        held.append(more["layers"])
+        return build_gpu_shard(spec, units, run, loaded, device=DEVICE, **more)
 
     free = capacity.GPU_SPARE + 2 * 5 * BLOCK_BYTES  # two ranks on one device
     monkeypatch.setattr("runtime.model.gpu.shard.build_gpu_shard", build)
