@@ -7,10 +7,12 @@
 Engines of one model stand side by side in this process: the one as it is ("ruled"), one for each item of
 bench/free_order.py with that item alone switched off, one with all of them off ("all"), and one that only
 keeps K cut by unit, should the shorter products be the faster ones. They take turns, workload by workload,
-in an order that rotates from round to round; what an item costs is the median over rounds of 1 - ruled / free
-in the same round. What they compute is compared first: free engines round differently, and must agree
-otherwise. With --cpu-time, seconds are those this process computes. JSON on standard output, a table on
-standard error.
+in an order that rotates from round to round. Each does the same pieces of work in every round (a few steps,
+a prompt), and of each piece the least time of any round counts: machines that are shared are slowed down for
+moments, by turns, and never sped up. An item's cost is 1 - ruled / free of the rates that this gives; its
+range is what it would be without one round or another. What they compute is compared first: free engines
+round differently, and must agree otherwise. With --cpu-time, seconds are those this process computes. JSON on
+standard output, a table on standard error.
 """
 
 from __future__ import annotations
@@ -30,14 +32,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.free_order import ITEMS, RULE, switched_off
-from bench.local import Clock, Trace, ask, decode_rate, local_engine
+from bench.local import Clock, Trace, ask, decode_times, least, local_engine, stretches
 from bench.report import about, show
 from kernels.linear import Bf16Weight, Fp32Weight
 from runtime.local import LocalEngine
 from runtime.types import Request, SampledToken, SamplingParams, TokenOutput, TokenScore
 
 RULED, ALL, CUT = "ruled", "all", "all but units"
-PREFILLS = 3  # prompts of one turn: the median counts
+PREFILLS = 3  # prompts of one turn
+STRETCH = 8  # steps that are one piece of work
 TOP = 20  # likeliest tokens whose logprobs are compared
 BOUND = 1.0  # what one may differ by, natural log; the bf16 sums of another order are off by a tenth of it
 
@@ -57,27 +60,40 @@ class Sizes:
 
 QUICK = Sizes(streams=3, context=20, decode=6, prefill=40)
 
-Workload = Callable[[LocalEngine, random.Random], float]  # tokens a second
+
+@dataclass(frozen=True)
+class Workload:
+    """`run` gives the seconds of each piece; `tokens` is how many a piece has."""
+
+    tokens: int
+    run: Callable[[LocalEngine, random.Random], list[float]]
+
+    def rate(self, rounds: Sequence[Sequence[float]]) -> float:
+        """Tokens a second, of each piece's least time."""
+        best = least(rounds)
+        return self.tokens * len(best) / sum(best)
 
 
 def workloads(sizes: Sizes, clock: Clock) -> dict[str, Workload]:
+    length = min(STRETCH, sizes.decode // 3)
+
     def decode(streams: int, temperature: float) -> Workload:
-        def run(engine: LocalEngine, source: random.Random) -> float:
+        def run(engine: LocalEngine, source: random.Random) -> list[float]:
             params = _params(temperature, sizes.decode + 1)
             requests = _requests(engine, source, [sizes.context] * streams, params)
-            return decode_rate(ask(engine, requests, clock))
+            return stretches(decode_times(ask(engine, requests, clock)), length)
 
-        return run
+        return Workload(length * streams, run)
 
-    def prefill(engine: LocalEngine, source: random.Random) -> float:
+    def prefill(engine: LocalEngine, source: random.Random) -> list[float]:
         prompts = _requests(engine, source, [sizes.prefill] * PREFILLS, _params(0.0, 1))
-        return sizes.prefill / statistics.median(ask(engine, [p], clock)[0].first_s for p in prompts)
+        return [ask(engine, [p], clock)[0].first_s for p in prompts]
 
     many = f"{sizes.streams} streams"
     return {
         "1 stream": decode(1, 0.0),
         many: decode(sizes.streams, 0.0),
-        f"prefill of {sizes.prefill}": prefill,
+        f"prefill of {sizes.prefill}": Workload(sizes.prefill, prefill),
         "1 stream, sampled": decode(1, 0.8),
         f"{many}, sampled": decode(sizes.streams, 0.8),
     }
@@ -138,32 +154,38 @@ def agreement(engines: Mapping[str, LocalEngine], sizes: Sizes) -> dict[str, dic
 
 def measure(
     engines: Mapping[str, LocalEngine], sizes: Sizes, rounds: int, clock: Clock
-) -> dict[str, dict[str, list]]:
-    """Tokens a second by workload and contestant, an entry a round. One round more warms up."""
+) -> dict[str, dict[str, list[list[float]]]]:
+    """Seconds of each piece of work by workload and contestant, an entry a round; one round more warms up."""
     names = list(engines)
-    rates: dict[str, dict[str, list[float]]] = {}
+    seconds: dict[str, dict[str, list[list[float]]]] = {}
     for number in range(rounds + 1):
-        for workload, run in workloads(sizes, clock).items():
+        for name_of, workload in workloads(sizes, clock).items():
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 with switched_off(without(name)):
-                    rate = run(engines[name], random.Random(number))
+                    pieces = workload.run(engines[name], random.Random(number))
                 if number:
-                    rates.setdefault(workload, {}).setdefault(name, []).append(rate)
+                    seconds.setdefault(name_of, {}).setdefault(name, []).append(pieces)
         print(f"round {number} of {rounds}", file=sys.stderr)
-    return rates
+    return seconds
 
 
-def summary(rates: Mapping[str, Sequence[float]]) -> dict[str, dict]:
-    """Of one workload: medians, and what each item costs as a share of what is had without it."""
-    result = {}
-    for name, free in rates.items():
-        costs = sorted(1 - ruled / rate for ruled, rate in zip(rates[RULED], free, strict=True))
-        result[name] = {
-            "tokens_per_s": round(statistics.median(free), 2),
-            "cost": round(statistics.median(costs), 4),
-            "cost_range": [round(costs[0], 4), round(costs[-1], 4)],
+def summary(workload: Workload, seconds: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, dict]:
+    """Of one workload: rates, and what each item costs as a share of what is had without it."""
+    rounds = range(len(seconds[RULED]))
+    left_out = [[r for r in rounds if r != out] or list(rounds) for out in rounds]
+
+    def cost(name: str, some: Sequence[int]) -> float:
+        ruled, free = (workload.rate([seconds[which][r] for r in some]) for which in (RULED, name))
+        return round(1 - ruled / free, 4)
+
+    return {
+        name: {
+            "tokens_per_s": round(workload.rate(pieces), 2),
+            "cost": cost(name, rounds),
+            "cost_range": [bound(cost(name, some) for some in left_out) for bound in (min, max)],
         }
-    return result
+        for name, pieces in seconds.items()
+    }
 
 
 def _requests(
@@ -231,8 +253,8 @@ def main() -> None:
         engines = contestants(args.model, sizes, args.threads, stack)
         numerics = engines[RULED].client._info.numerics
         differences = agreement(engines, sizes)
-        rates = measure(engines, sizes, 1 if args.quick else args.rounds, clock)
-    found = {workload: summary(of) for workload, of in rates.items()}
+        seconds = measure(engines, sizes, 1 if args.quick else args.rounds, clock)
+    found = {name: summary(of, seconds[name]) for name, of in workloads(sizes, clock).items()}
     result = about() | {
         "model": Path(args.model).name,
         "numerics": numerics,
@@ -242,7 +264,10 @@ def main() -> None:
         "items": {name: ITEMS[name].about for name in engines if name in ITEMS},
         "logprobs_apart": differences,
         "workloads": found,
-        "rounds": rates,
+        "seconds": {
+            name: {who: [[round(s, 5) for s in pieces] for pieces in rounds] for who, rounds in of.items()}
+            for name, of in seconds.items()
+        },
     }
     rows = [["ruled, tok/s", *(f"{found[w][RULED]['tokens_per_s']:.1f}" for w in found)]]
     for name in engines:

@@ -7,16 +7,16 @@
 Two engines of one chat model stand side by side in this process and take turns, reply by reply, in an order
 that changes from round to round. Replies must be the same, tokens and logprobs, bit for bit; the first round
 compares logprobs and is not timed. One stream: tokens a second after the first token. Many streams: all their
-tokens over the time until the last has ended, the prompts mixed. A gain is the median over rounds of on / off
-in the same round. "Copied" are the tokens of a reply that stand in runs of eight that the prompt has too.
-JSON on standard output, a table on standard error.
+tokens over the time until the last has ended, the prompts mixed. Every round does the same work, so of each
+stretch of a reply the least time of any round counts (see bench/local.py); a gain is on / off, its range what
+it would be without one round or another. "Copied" are the tokens of a reply that stand in runs of eight that
+the prompt has too. JSON on standard output, a table on standard error.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.local import Clock, Trace, ask, local_engine
+from bench.local import Clock, Trace, ask, least, local_engine, stretches
 from bench.prompts import COPY_HEAVY, OTHERS
 from bench.report import about, show
 from runtime.commands.engines import open_front
@@ -38,29 +38,46 @@ from runtime.tokenizer.chat import render_chat
 from runtime.types import Request, SamplingParams
 
 TEMPERATURES = (0.0, 0.7)
+STRETCH = 8  # the most tokens of a stream whose time is taken together
 RUN = 8  # tokens that must agree to count as copied
 
 
 @dataclass(slots=True)
 class Case:
-    """Requests that are sent at once, and what came of them: rates in tokens a second, an entry a round."""
+    """Requests that are sent at once, and what came of them: seconds of each stretch, an entry a round."""
 
     name: str
     requests: list[Request]
-    on: list[float] = field(default_factory=list)
-    off: list[float] = field(default_factory=list)
+    on: list[list[float]] = field(default_factory=list)
+    off: list[list[float]] = field(default_factory=list)
     reply_tokens: int = 0
     copied: int = 0
     drafted: int = 0
     accepted: int = 0
 
+    def rate(self, rounds: Sequence[Sequence[float]]) -> float:
+        """Tokens a second: those of the stretches, over each stretch's least time."""
+        best = least(rounds)
+        return len(best) * self.stretch * len(self.requests) / sum(best)
+
+    @property
+    def stretch(self) -> int:
+        """Tokens of a stream whose time is taken together."""
+        return max(1, min(STRETCH, self.reply_tokens // len(self.requests) - 1))
+
     def report(self) -> dict:
-        gains = sorted(a / b for a, b in zip(self.on, self.off, strict=True))
+        rounds = range(len(self.on))
+        left_out = [[r for r in rounds if r != out] or list(rounds) for out in rounds]
+        gains = [
+            self.rate([self.on[r] for r in some]) / self.rate([self.off[r] for r in some])
+            for some in left_out
+        ]
+        on, off = self.rate(self.on), self.rate(self.off)
         return {
-            "on_tokens_per_s": round(statistics.median(self.on), 2),
-            "off_tokens_per_s": round(statistics.median(self.off), 2),
-            "gain": round(statistics.median(gains), 3),
-            "gain_range": [round(gains[0], 3), round(gains[-1], 3)],
+            "on_tokens_per_s": round(on, 2),
+            "off_tokens_per_s": round(off, 2),
+            "gain": round(on / off, 3),
+            "gain_range": [round(min(gains), 3), round(max(gains), 3)],
             "reply_tokens": self.reply_tokens,
             "copied_tokens": self.copied,
             "drafted_tokens": self.drafted,
@@ -117,8 +134,8 @@ def play(case: Case, on: LocalEngine, off: LocalEngine, number: int, clock: Cloc
         if [_bits(t) for t in mine.tokens] != [_bits(t) for t in plain.tokens]:
             raise SystemExit(f"{case.name}: speculation changed the reply to {mine.finished.request_id}")
     if number:
-        case.on.append(_rate(with_))
-        case.off.append(_rate(without))
+        case.on.append(_stretches(with_, case.stretch))
+        case.off.append(_stretches(without, case.stretch))
         return
     ended = [trace.finished for trace in with_]
     case.reply_tokens = sum(len(trace.tokens) for trace in with_)
@@ -141,12 +158,13 @@ def _bits(output) -> tuple:
     return output.index, output.token, output.logprob, output.top
 
 
-def _rate(traces: Sequence[Trace]) -> float:
-    if len(traces) == 1:
-        (trace,) = traces
-        return (len(trace.arrivals) - 1) / max(trace.arrivals[-1] - trace.arrivals[0], 1e-9)
-    tokens = sum(len(trace.arrivals) for trace in traces)
-    return tokens / (max(t.arrivals[-1] for t in traces) - min(t.asked for t in traces))
+def _stretches(traces: Sequence[Trace], length: int) -> list[float]:
+    """Seconds of each stretch: so many tokens of one stream after its first, or of each of many from the
+    question on."""
+    times = sorted(at for trace in traces for at in trace.arrivals)
+    if len(traces) > 1:
+        times.insert(0, min(trace.asked for trace in traces))
+    return stretches(times, length * len(traces))
 
 
 def _how(temperature: float) -> str:
@@ -191,7 +209,11 @@ def main() -> None:
         for number in range(args.rounds + 1):
             for case in played:
                 play(case, on, off, number, clock)
-                rates = f"{case.off[-1]:.1f} off, {case.on[-1]:.1f} on" if number else "the same bits"
+                rates = (
+                    f"{case.rate(case.off[-1:]):.1f} off, {case.rate(case.on[-1:]):.1f} on"
+                    if number
+                    else "the same bits"
+                )
                 print(f"round {number} of {args.rounds}, {case.name}: {rates}", file=sys.stderr)
         numerics = on.client._info.numerics
     found = {case.name: case.report() for case in played}
@@ -204,7 +226,13 @@ def main() -> None:
         "max_tokens": args.max_tokens,
         "replies_equal": True,
         "cases": found,
-        "rounds": {case.name: {"on": case.on, "off": case.off} for case in played},
+        "seconds": {
+            case.name: {
+                way: [[round(s, 5) for s in pieces] for pieces in rounds]
+                for way, rounds in (("on", case.on), ("off", case.off))
+            }
+            for case in played
+        },
     }
     rows = [
         [

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from bench.local import Trace, decode_times, least, stretches
 from bench.speculation import copied
 from tests.support import REPOSITORY
 from tests.weights.tiny import write_tiny_llama
@@ -72,3 +73,14 @@ def test_copied_tokens_are_those_in_runs_of_eight():
 def test_the_scheduler(monkeypatch, capsys):
     result = run(monkeypatch, capsys, "scheduler", "--quick")
     assert result["replies"]["no guesses"]["none_waiting"]["chunks"] == 8
+
+
+def test_of_each_piece_the_least_time_counts():
+    assert stretches([0.0, 1.0, 3.0, 6.0, 10.0, 15.0], 2) == [3.0, 7.0]
+    assert stretches([4.0], 2) == []
+    assert least([[1.0, 5.0, 2.0], [3.0, 4.0]]) == [1.0, 4.0]
+
+
+def test_steps_count_while_all_streams_decode():
+    traces = [Trace(0.0, [1.0, 2.0, 3.0, 4.0]), Trace(0.0, [2.0, 3.0, 4.0, 5.0])]
+    assert decode_times(traces) == [2.0, 3.0, 4.0]
