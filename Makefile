@@ -38,7 +38,7 @@ conformance: $(VENV)/.tests
 
 # On a GPU machine as it is: no environment is made, nothing is installed.
 gpu-test:
-	PYTHONPATH=.:proto $(PYTHON) -m pytest tests/gpu -q --ignore tests/gpu/test_machine_code.py
+	PYTHONPATH=.:proto $(PYTHON) -m tests.gpu
 
 setup: $(VENV)/.runtime
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
@@ -83,23 +82,3 @@ def decode_rate(traces: Sequence[Trace]) -> float:
     end = min(trace.arrivals[-1] for trace in traces)
     tokens = sum(start < at <= end for trace in traces for at in trace.arrivals)
     return tokens / (end - start) if end > start else 0.0
-
-
-def decode_times(traces: Sequence[Trace]) -> list[float]:
-    """When the first stream's tokens came, from when the last has its first token until the first ends: a
-    step each, as far as all streams decode together."""
-    start = max(trace.arrivals[0] for trace in traces)
-    end = min(trace.arrivals[-1] for trace in traces)
-    return [at for at in traces[0].arrivals if start <= at <= end]
-
-
-def stretches(times: Sequence[float], length: int) -> list[float]:
-    """Seconds of each `length` events that follow each other; what is left over at the end is dropped."""
-    marks = times[::length]
-    return [b - a for a, b in pairwise(marks)]
-
-
-def least(rounds: Sequence[Sequence[float]]) -> list[float]:
-    """Of pieces of work that every round did alike, the least seconds that any round took for each. Whatever
-    else runs on the machine only ever adds to them, and seldom to the same piece in every round."""
-    return [min(column) for column in zip(*rounds, strict=False)]

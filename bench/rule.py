@@ -6,11 +6,10 @@
 
 Engines of one model stand side by side in this process: the one as it is ("ruled"), one for each item of
 bench/free_order.py with that item alone switched off, one with all of them off ("all"), and one that only
-keeps K cut by unit, should the shorter products be the faster ones. They take turns, workload by workload,
-in an order that rotates from round to round. Each does the same pieces of work in every round (a few steps,
-a prompt), and of each piece the least time of any round counts: machines that are shared are slowed down for
-moments, by turns, and never sped up. An item's cost is 1 - ruled / free of the rates that this gives; its
-range is what it would be without one round or another. What they compute is compared first: free engines
+keeps K cut by unit, should the shorter products be the faster ones. Each
+stands against the ruled one, workload by workload: the two take turns of a few steps, or of a prompt, within
+moments of each other (see bench/turns.py), and what an item costs is the median over turns of 1 - ruled's
+rate / the free one's, its range the middle half of them. What they compute is compared first: free engines
 round differently, and must agree otherwise. With --cpu-time, seconds are those this process computes. JSON on
 standard output, a table on standard error.
 """
@@ -32,15 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.free_order import ITEMS, RULE, switched_off
-from bench.local import Clock, Trace, ask, decode_times, least, local_engine, stretches
+from bench.local import Clock, Trace, ask, local_engine
 from bench.report import about, show
+from bench.turns import Turns
 from kernels.linear import Bf16Weight, Fp32Weight
 from runtime.local import LocalEngine
 from runtime.types import Request, SampledToken, SamplingParams, TokenOutput, TokenScore
 
 RULED, ALL, CUT = "ruled", "all", "all but units"
-PREFILLS = 3  # prompts of one turn
-STRETCH = 8  # steps that are one piece of work
+PREFILLS = 6  # prompts a round
+STRETCH = 8  # steps of a turn
 TOP = 20  # likeliest tokens whose logprobs are compared
 BOUND = 1.0  # what one may differ by, natural log; the bf16 sums of another order are off by a tenth of it
 
@@ -61,33 +61,52 @@ class Sizes:
 QUICK = Sizes(streams=3, context=20, decode=6, prefill=40)
 
 
+# Seconds of the ruled engine and of the other for the same work, an entry a turn.
+Pairs = list[tuple[float, float]]
+
+
 @dataclass(frozen=True)
 class Workload:
-    """`run` gives the seconds of each piece; `tokens` is how many a piece has."""
+    """`run(engines, name, round)` lets the ruled engine and the named one take turns of `tokens` tokens."""
 
     tokens: int
-    run: Callable[[LocalEngine, random.Random], list[float]]
-
-    def rate(self, rounds: Sequence[Sequence[float]]) -> float:
-        """Tokens a second, of each piece's least time."""
-        best = least(rounds)
-        return self.tokens * len(best) / sum(best)
+    run: Callable[[Mapping[str, LocalEngine], str, int], Pairs]
 
 
 def workloads(sizes: Sizes, clock: Clock) -> dict[str, Workload]:
-    length = min(STRETCH, sizes.decode // 3)
+    stretch = min(STRETCH, sizes.decode // 3)
+
+    def by_turns(name: str, number: int, turn: Callable[[str], float]) -> tuple[float, float]:
+        seconds = {}
+        for who in (RULED, name) if number % 2 else (name, RULED):
+            with switched_off(without(who)):
+                seconds[who] = turn(who)
+        return seconds[RULED], seconds[name]
 
     def decode(streams: int, temperature: float) -> Workload:
-        def run(engine: LocalEngine, source: random.Random) -> list[float]:
-            params = _params(temperature, sizes.decode + 1)
-            requests = _requests(engine, source, [sizes.context] * streams, params)
-            return stretches(decode_times(ask(engine, requests, clock)), length)
+        def run(engines: Mapping[str, LocalEngine], name: str, number: int) -> Pairs:
+            params = _params(temperature, sizes.decode + 4)
+            source = random.Random(number)
+            requests = _requests(engines[RULED], source, [sizes.context] * streams, params)
+            sides = {who: Turns(engines[who], requests, clock) for who in (RULED, name)}
+            # The first turn has the prompts in it: by its end every stream has a token.
+            by_turns(name, 0, lambda who: sides[who].until(3 * streams))
+            pairs = [
+                by_turns(name, turn, lambda who: sides[who].until(sides[who].tokens + stretch * streams))
+                for turn in range(sizes.decode // stretch)
+            ]
+            by_turns(name, 0, lambda who: len(sides[who].finish()))
+            return pairs
 
-        return Workload(length * streams, run)
+        return Workload(stretch * streams, run)
 
-    def prefill(engine: LocalEngine, source: random.Random) -> list[float]:
-        prompts = _requests(engine, source, [sizes.prefill] * PREFILLS, _params(0.0, 1))
-        return [ask(engine, [p], clock)[0].first_s for p in prompts]
+    def prefill(engines: Mapping[str, LocalEngine], name: str, number: int) -> Pairs:
+        source = random.Random(number)
+        prompts = _requests(engines[RULED], source, [sizes.prefill] * PREFILLS, _params(0.0, 1))
+        return [
+            by_turns(name, turn, lambda who, p=prompt: ask(engines[who], [p], clock)[0].first_s)
+            for turn, prompt in enumerate(prompts)
+        ]
 
     many = f"{sizes.streams} streams"
     return {
@@ -154,38 +173,34 @@ def agreement(engines: Mapping[str, LocalEngine], sizes: Sizes) -> dict[str, dic
 
 def measure(
     engines: Mapping[str, LocalEngine], sizes: Sizes, rounds: int, clock: Clock
-) -> dict[str, dict[str, list[list[float]]]]:
-    """Seconds of each piece of work by workload and contestant, an entry a round; one round more warms up."""
-    names = list(engines)
-    seconds: dict[str, dict[str, list[list[float]]]] = {}
+) -> dict[str, dict[str, Pairs]]:
+    """The turns of each contestant and the ruled engine, by workload; one round more warms up."""
+    pairs: dict[str, dict[str, Pairs]] = {}
     for number in range(rounds + 1):
-        for name_of, workload in workloads(sizes, clock).items():
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                with switched_off(without(name)):
-                    pieces = workload.run(engines[name], random.Random(number))
+        for what, workload in workloads(sizes, clock).items():
+            for name in (name for name in engines if name != RULED):
+                found = workload.run(engines, name, number)
                 if number:
-                    seconds.setdefault(name_of, {}).setdefault(name, []).append(pieces)
+                    pairs.setdefault(what, {}).setdefault(name, []).extend(found)
         print(f"round {number} of {rounds}", file=sys.stderr)
-    return seconds
+    return pairs
 
 
-def summary(workload: Workload, seconds: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, dict]:
-    """Of one workload: rates, and what each item costs as a share of what is had without it."""
-    rounds = range(len(seconds[RULED]))
-    left_out = [[r for r in rounds if r != out] or list(rounds) for out in rounds]
-
-    def cost(name: str, some: Sequence[int]) -> float:
-        ruled, free = (workload.rate([seconds[which][r] for r in some]) for which in (RULED, name))
-        return round(1 - ruled / free, 4)
-
-    return {
-        name: {
-            "tokens_per_s": round(workload.rate(pieces), 2),
-            "cost": cost(name, rounds),
-            "cost_range": [bound(cost(name, some) for some in left_out) for bound in (min, max)],
+def summary(workload: Workload, pairs: Mapping[str, Pairs]) -> dict[str, dict]:
+    """Of one workload: the rate of the quickest turn, and what each item costs as a share of what is had
+    without it."""
+    least = min(ruled for of in pairs.values() for ruled, _ in of)
+    found = {RULED: {"best_tokens_per_s": round(workload.tokens / least, 2), "cost": 0.0}}
+    for name, of in pairs.items():
+        costs = [1 - free / ruled for ruled, free in of]
+        quarters = statistics.quantiles(costs, n=4) if len(costs) > 1 else costs * 3
+        found[name] = {
+            "best_tokens_per_s": round(workload.tokens / min(free for _, free in of), 2),
+            "cost": round(statistics.median(costs), 4),
+            "cost_range": [round(quarters[0], 4), round(quarters[2], 4)],
+            "turns": len(of),
         }
-        for name, pieces in seconds.items()
-    }
+    return found
 
 
 def _requests(
@@ -236,6 +251,11 @@ def _weights(shard) -> Iterator[object]:
             yield from (*ffn.gate_up.parts, *ffn.down)
 
 
+def _costs(of: Mapping) -> str:
+    low, high = of["cost_range"]
+    return f"costs {100 * of['cost']:.1f}% ({100 * low:.0f} to {100 * high:.0f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a GGUF file or a folder")
@@ -253,8 +273,8 @@ def main() -> None:
         engines = contestants(args.model, sizes, args.threads, stack)
         numerics = engines[RULED].client._info.numerics
         differences = agreement(engines, sizes)
-        seconds = measure(engines, sizes, 1 if args.quick else args.rounds, clock)
-    found = {name: summary(of, seconds[name]) for name, of in workloads(sizes, clock).items()}
+        pairs = measure(engines, sizes, 1 if args.quick else args.rounds, clock)
+    found = {name: summary(of, pairs[name]) for name, of in workloads(sizes, clock).items()}
     result = about() | {
         "model": Path(args.model).name,
         "numerics": numerics,
@@ -265,15 +285,15 @@ def main() -> None:
         "logprobs_apart": differences,
         "workloads": found,
         "seconds": {
-            name: {who: [[round(s, 5) for s in pieces] for pieces in rounds] for who, rounds in of.items()}
-            for name, of in seconds.items()
+            name: {who: [[round(s, 5) for s in pair] for pair in turns] for who, turns in of.items()}
+            for name, of in pairs.items()
         },
     }
-    rows = [["ruled, tok/s", *(f"{found[w][RULED]['tokens_per_s']:.1f}" for w in found)]]
+    rows = [["ruled at best, tok/s", *(f"{found[w][RULED]['best_tokens_per_s']:.1f}" for w in found)]]
     for name in engines:
         if name != RULED:
             label = f"without {name}" + (" (not the rule's)" if name in ITEMS and ITEMS[name].kept else "")
-            rows.append([label, *(f"costs {100 * found[w][name]['cost']:.1f}%" for w in found)])
+            rows.append([label, *(_costs(found[w][name]) for w in found)])
     show(result, ["", *found], rows)
 
 

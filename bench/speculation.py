@@ -4,13 +4,13 @@
     python bench/speculation.py MODEL.gguf --threads 1 --cpu-time     where others use the machine too
     python bench/speculation.py MODEL.gguf --quick                seconds: shows that it works, no figures
 
-Two engines of one chat model stand side by side in this process and take turns, reply by reply, in an order
-that changes from round to round. Replies must be the same, tokens and logprobs, bit for bit; the first round
-compares logprobs and is not timed. One stream: tokens a second after the first token. Many streams: all their
-tokens over the time until the last has ended, the prompts mixed. Every round does the same work, so of each
-stretch of a reply the least time of any round counts (see bench/local.py); a gain is on / off, its range what
-it would be without one round or another. "Copied" are the tokens of a reply that stand in runs of eight that
-the prompt has too. JSON on standard output, a table on standard error.
+Two engines of one chat model stand side by side in this process and take turns, stretches of a reply within
+moments of each other (see bench/turns.py), in an order that changes. Replies must be the same, tokens and
+logprobs, bit for bit; the first round compares logprobs and is not timed. Every round does the same work, so
+of each stretch the round counts in which both together were quickest: machines that are shared are slowed
+down, never sped up. Tokens count from when as many have come as there are streams. A gain is on / off, its
+range what it would be without one round or another. "Copied" are the tokens of a reply that stand in runs of
+eight that the prompt has too. JSON on standard output, a table on standard error.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.local import Clock, Trace, ask, least, local_engine, stretches
+from bench.local import Clock, local_engine
 from bench.prompts import COPY_HEAVY, OTHERS
 from bench.report import about, show
+from bench.turns import Turns
 from runtime.commands.engines import open_front
 from runtime.config import EngineConfig, ModelConfig
 from runtime.local import LocalEngine
@@ -38,45 +39,38 @@ from runtime.tokenizer.chat import render_chat
 from runtime.types import Request, SamplingParams
 
 TEMPERATURES = (0.0, 0.7)
-STRETCH = 8  # the most tokens of a stream whose time is taken together
+STRETCH = 16  # tokens of a stream in a turn
 RUN = 8  # tokens that must agree to count as copied
 
 
 @dataclass(slots=True)
 class Case:
-    """Requests that are sent at once, and what came of them: seconds of each stretch, an entry a round."""
+    """Requests that are sent at once, and what came of them: seconds of each stretch with guesses and
+    without, an entry a round."""
 
     name: str
     requests: list[Request]
-    on: list[list[float]] = field(default_factory=list)
-    off: list[list[float]] = field(default_factory=list)
+    rounds: list[list[tuple[float, float]]] = field(default_factory=list)
     reply_tokens: int = 0
     copied: int = 0
     drafted: int = 0
     accepted: int = 0
 
-    def rate(self, rounds: Sequence[Sequence[float]]) -> float:
-        """Tokens a second: those of the stretches, over each stretch's least time."""
-        best = least(rounds)
-        return len(best) * self.stretch * len(self.requests) / sum(best)
-
-    @property
-    def stretch(self) -> int:
-        """Tokens of a stream whose time is taken together."""
-        return max(1, min(STRETCH, self.reply_tokens // len(self.requests) - 1))
+    def seconds(self, some: Sequence[int]) -> tuple[float, float]:
+        """With guesses and without: the sums over stretches of the least of these rounds."""
+        best = [min((self.rounds[r][at] for r in some), key=sum) for at in range(len(self.rounds[0]))]
+        return sum(on for on, _ in best), sum(off for _, off in best)
 
     def report(self) -> dict:
-        rounds = range(len(self.on))
+        rounds = range(len(self.rounds))
         left_out = [[r for r in rounds if r != out] or list(rounds) for out in rounds]
-        gains = [
-            self.rate([self.on[r] for r in some]) / self.rate([self.off[r] for r in some])
-            for some in left_out
-        ]
-        on, off = self.rate(self.on), self.rate(self.off)
+        gains = [off / on for on, off in map(self.seconds, left_out)]
+        on, off = self.seconds(rounds)
+        tokens = self.reply_tokens - len(self.requests)
         return {
-            "on_tokens_per_s": round(on, 2),
-            "off_tokens_per_s": round(off, 2),
-            "gain": round(on / off, 3),
+            "on_tokens_per_s": round(tokens / on, 2),
+            "off_tokens_per_s": round(tokens / off, 2),
+            "gain": round(off / on, 3),
             "gain_range": [round(min(gains), 3), round(max(gains), 3)],
             "reply_tokens": self.reply_tokens,
             "copied_tokens": self.copied,
@@ -127,15 +121,26 @@ def play(case: Case, on: LocalEngine, off: LocalEngine, number: int, clock: Cloc
     requests = case.requests
     if number == 0:
         requests = [replace(r, params=replace(r.params, logprobs=1)) for r in requests]
-    order = (on, off) if number % 2 else (off, on)
-    traces = {id(engine): ask(engine, requests, clock) for engine in order}
-    with_, without = traces[id(on)], traces[id(off)]
+    sides = {"on": Turns(on, requests, clock), "off": Turns(off, requests, clock)}
+    stretches = []
+    whole = case.reply_tokens if number else 0
+    for turn, target in enumerate(range(len(requests), whole, STRETCH * len(requests))):
+        order = ("on", "off") if (turn + number) % 2 else ("off", "on")
+        seconds = {side: sides[side].until(target) for side in order}
+        if turn:  # the first has the prompts in it
+            stretches.append((seconds["on"], seconds["off"]))
+    order = ("on", "off") if number % 2 else ("off", "on")
+    traces, last = {}, {}
+    for side in order:
+        last[side] = sides[side].until(whole)
+        traces[side] = sides[side].finish()
+    if number:
+        case.rounds.append([*stretches, (last["on"], last["off"])])
+    with_, without = traces["on"], traces["off"]
     for mine, plain in zip(with_, without, strict=True):
         if [_bits(t) for t in mine.tokens] != [_bits(t) for t in plain.tokens]:
             raise SystemExit(f"{case.name}: speculation changed the reply to {mine.finished.request_id}")
     if number:
-        case.on.append(_stretches(with_, case.stretch))
-        case.off.append(_stretches(without, case.stretch))
         return
     ended = [trace.finished for trace in with_]
     case.reply_tokens = sum(len(trace.tokens) for trace in with_)
@@ -156,15 +161,6 @@ def copied(prompt: Sequence[int], reply: Sequence[int]) -> int:
 
 def _bits(output) -> tuple:
     return output.index, output.token, output.logprob, output.top
-
-
-def _stretches(traces: Sequence[Trace], length: int) -> list[float]:
-    """Seconds of each stretch: so many tokens of one stream after its first, or of each of many from the
-    question on."""
-    times = sorted(at for trace in traces for at in trace.arrivals)
-    if len(traces) > 1:
-        times.insert(0, min(trace.asked for trace in traces))
-    return stretches(times, length * len(traces))
 
 
 def _how(temperature: float) -> str:
@@ -209,11 +205,10 @@ def main() -> None:
         for number in range(args.rounds + 1):
             for case in played:
                 play(case, on, off, number, clock)
-                rates = (
-                    f"{case.rate(case.off[-1:]):.1f} off, {case.rate(case.on[-1:]):.1f} on"
-                    if number
-                    else "the same bits"
-                )
+                rates = "the same bits"
+                if number:
+                    on_s, off_s = case.seconds([number - 1])
+                    rates = f"{off_s:.2f} s off, {on_s:.2f} s on"
                 print(f"round {number} of {args.rounds}, {case.name}: {rates}", file=sys.stderr)
         numerics = on.client._info.numerics
     found = {case.name: case.report() for case in played}
@@ -227,10 +222,7 @@ def main() -> None:
         "replies_equal": True,
         "cases": found,
         "seconds": {
-            case.name: {
-                way: [[round(s, 5) for s in pieces] for pieces in rounds]
-                for way, rounds in (("on", case.on), ("off", case.off))
-            }
+            case.name: [[[round(s, 5) for s in pair] for pair in rounds] for rounds in case.rounds]
             for case in played
         },
     }

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import psutil
-
 from runtime.config import EngineConfig, ParallelConfig
 from runtime.errors import InvalidArgument, NotEnough
+from runtime.memory import available
 from runtime.model.draft import draft_cost
 from runtime.model.header import OpenModel
 from runtime.model.stages import stage_layers
@@ -84,7 +83,7 @@ def kv_blocks(
 def _free(device: str) -> int:
     """Bytes that KV may take at most."""
     if device == "cpu":
-        return psutil.virtual_memory().available
+        return available()
     import torch
 
     free, _ = torch.cuda.mem_get_info()

@@ -1,4 +1,4 @@
-"""What crosses the parts of the runtime, as plain frozen dataclasses of the standard library.
+"""What crosses the parts of the runtime, as plain frozen data of the standard library.
 
 Model, sampling and weights code reads these where neither Ray, gRPC nor msgspec is installed; the wire
 encodes them as they are. Positions are absolute (0 is the first prompt token), tokens are vocabulary ids.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class FinishReason(enum.Enum):
@@ -92,8 +93,7 @@ class SequenceStart:
     choice: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Run positions start .. start + length - 1 of a slot through the model.
 
     A token at a position that the engine does not know yet (sampled by a plan still in flight) is known
@@ -104,7 +104,9 @@ class Chunk:
 
     A chunk that samples may carry guesses at what follows: `drafts`, or as many of the ranks' draft model
     as `guesses` says. They run as further rows, and each row samples as long as the guesses before it were
-    right: one token comes of such a chunk at least, one more than it has guesses at most."""
+    right: one token comes of such a chunk at least, one more than it has guesses at most.
+
+    A tuple, since a plan makes one for every running sequence: it is made in a third of the time."""
 
     slot: int
     start: int

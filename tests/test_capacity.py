@@ -31,7 +31,7 @@ def free(monkeypatch):
     """Sets the bytes of memory that seem to be free."""
 
     def set_free(size: int) -> None:
-        monkeypatch.setattr(capacity.psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+        monkeypatch.setattr(capacity, "available", lambda: size)
 
     set_free(64 * GIB)
     return set_free

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from runtime.model.batch import Run
@@ -54,6 +53,6 @@ def with_guesses(
         return list(chunks)
     found = dict(zip(asking, drafter.guess([ask(chunks[i]) for i in asking]), strict=True))
     return [
-        replace(chunk, drafts=tuple(found[i]), guesses=0) if i in found else chunk
+        chunk._replace(drafts=tuple(found[i]), guesses=0) if i in found else chunk
         for i, chunk in enumerate(chunks)
     ]

@@ -30,7 +30,7 @@ from runtime.types import (
     TokenOutput,
 )
 
-PROTOCOL = 3  # raised when a message changes its meaning
+PROTOCOL = 4  # raised when a message changes its meaning
 
 
 class WireError(TramontaneError):

@@ -1,0 +1,57 @@
+"""Runs the tests of this folder, several files at once, each in a process of its own: `python -m tests.gpu`.
+
+On a GPU most of their time is Triton compiling, on one core a process; needs nothing but pytest beside what
+the tests need. More arguments go to pytest. Prints what each file printed as it ends, then a line in all; the
+exit status is 1 if any file failed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+HERE = Path(__file__).parent
+AT_ONCE = 8  # processes: each has a CUDA context, half a GiB of the GPU's memory
+ELSEWHERE = {"test_machine_code.py"}  # compiles for GPUs that are not there; the same on any machine
+NOTHING_RUN = 5  # pytest's exit status where no test was chosen
+
+
+def run(file: Path, arguments: list[str]) -> tuple[int, str]:
+    command = [sys.executable, "-m", "pytest", str(file), "-q", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parents[1])
+    return done.returncode, done.stdout + done.stderr
+
+
+def counts(output: str) -> Counter[str]:
+    """Of pytest's last line: {"passed": 3, "skipped": 1}."""
+    lines = [line for line in output.splitlines() if re.search(r" in [\d.]+s", line)]
+    found = re.findall(r"(\d+) (passed|failed|skipped|errors?|deselected)", lines[-1]) if lines else []
+    return Counter({kind.rstrip("s") if kind == "errors" else kind: int(n) for n, kind in found})
+
+
+def main(arguments: list[str]) -> int:
+    files = sorted(path for path in HERE.glob("test_*.py") if path.name not in ELSEWHERE)
+    began, total, failed = time.monotonic(), Counter(), []
+    with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
+        futures = {pool.submit(run, file, arguments): file for file in files}
+        for future in as_completed(futures):
+            status, output = future.result()
+            print(f"==== {futures[future].name}\n{output}", flush=True)
+            total += counts(output)
+            if status not in (0, NOTHING_RUN):
+                failed.append(futures[future].name)
+    said = ", ".join(f"{number} {kind}" for kind, number in total.items())
+    print(f"{len(files)} files: {said} in {time.monotonic() - began:.0f} s")
+    if failed:
+        print(f"failed: {', '.join(sorted(failed))}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
