@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 
 def values(kind: type) -> st.SearchStrategy:
-    """Values of int, float, str, bool, enums, dataclasses, optional and tuple types of them."""
+    """Values of int, float, str, bool, enums, dataclasses, named tuples, optional and tuple types of them."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return st.one_of(*(values(argument) for argument in arguments))
@@ -21,7 +21,7 @@ def values(kind: type) -> st.SearchStrategy:
         return st.tuples(*(values(argument) for argument in arguments))
     if kind is type(None):
         return st.none()
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) or hasattr(kind, "_fields"):
         hints = typing.get_type_hints(kind)
         return st.builds(kind, **{name: values(hint) for name, hint in hints.items()})
     if issubclass(kind, enum.Enum):
