@@ -1,17 +1,17 @@
 """What the rule costs on a CPU: the engine as it is against itself without padding and ordering.
 
-    python bench/rule.py MODEL.gguf --rounds 7 > rule.json        SmolLM2-135M: a minute a round
+    python bench/rule.py MODEL.gguf --rounds 7 > rule.json        SmolLM2-135M: some minutes a round
     python bench/rule.py MODEL.gguf --threads 1 --cpu-time        where others use the machine too
     python bench/rule.py MODEL.gguf --quick                       seconds: shows that it works, no figures
 
 Engines of one model stand side by side in this process: the one as it is ("ruled"), one for each item of
 bench/free_order.py with that item alone switched off, one with all of them off ("all"), and one that only
-keeps K cut by unit, should the shorter products be the faster ones. Each
-stands against the ruled one, workload by workload: the two take turns of a few steps, or of a prompt, within
-moments of each other (see bench/turns.py), and what an item costs is the median over turns of 1 - ruled's
-rate / the free one's, its range the middle half of them. What they compute is compared first: free engines
-round differently, and must agree otherwise. With --cpu-time, seconds are those this process computes. JSON on
-standard output, a table on standard error.
+keeps K cut by unit, should the shorter products be the faster ones. Each stands against the ruled one,
+workload by workload: the two take turns of a few steps, or of a prompt, within moments of each other (see
+bench/turns.py). What an item costs is the median over turns of 1 - ruled's rate / the free one's, its range
+the middle half of them. What they compute is compared first: free engines round differently, and must agree
+otherwise. With --cpu-time, seconds are those this process computes. JSON on standard output, a table on
+standard error.
 """
 
 from __future__ import annotations

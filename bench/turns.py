@@ -27,7 +27,8 @@ class Turns:
         self._runner.execute = self._step
         self._traces: list[Trace] = []
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._ask, args=(engine, requests))
+        self._ended = False
+        self._thread = threading.Thread(target=self._ask, args=(engine, requests), daemon=True)
         self._thread.start()
 
     def until(self, tokens: int) -> float:
@@ -36,7 +37,7 @@ class Turns:
         with self._changed:
             self._target = tokens
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self.tokens >= tokens or not self._thread.is_alive())
+            self._changed.wait_for(lambda: self.tokens >= tokens or self._ended)
         return self._clock() - began
 
     def finish(self) -> list[Trace]:
@@ -65,4 +66,5 @@ class Turns:
         except BaseException as error:  # told by `finish`
             self._error = error
         with self._changed:
+            self._ended = True
             self._changed.notify_all()

@@ -386,6 +386,7 @@ def bench(
     ray_address: RayAddress = None,
     kv_memory: KvMemory = None,
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     quantize: Quantize = None,
     json: AsJson = False,
 ) -> None:
@@ -402,7 +403,7 @@ def bench(
         return
     credentials.unused()
     config = ServeConfig(
-        named_model(model, dtype=dtype, quantize=quantize),
+        named_model(model, dtype=dtype, kv_dtype=kv_dtype, quantize=quantize),
         EngineConfig(max_num_seqs=max(1, streams)),
         ParallelConfig(tp=tp, pp=pp, kv_memory=kv_memory),
     )

@@ -34,6 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.alone)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: the cores that this process may use. Workers take up to 1.5 GB each."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return int(os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS") or min(8, len(allowed)))
+
+
 @pytest.fixture(autouse=True)
 def threads_stay() -> Iterator[None]:
     """An engine in this process sets torch's threads for all of it: undone after each test."""

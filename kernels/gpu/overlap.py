@@ -1,8 +1,8 @@
 """Lets a kernel start while the one before it ends: programmatic dependent launch, from sm_90 on.
 
-A kernel launched so may begin as soon as every program of the kernel before has begun, in whatever room is
-left, and waits where it says so until that one has ended and its writes can be seen. What the start of a
-kernel costs then runs beside the end of another; a step of an 80-layer model has some 700 of them.
+A kernel launched so may begin as soon as every program of the kernel before has passed its own wait, in
+whatever room is left, and waits where it says so until that one has ended and its writes can be seen. What
+the start of a kernel costs then runs beside the end of another; a step of an 80-layer model has some 700.
 
 The waits chain. A kernel that waits does not end before the one it waits for has, so by the time a third
 one's wait returns the first has ended, too. Hence every program of every kernel launched so must wait, those

@@ -51,7 +51,10 @@ class Cluster:
         self.lost = False  # for whoever has heard that it is: nobody is asked to end in order any more
         if ray_address is None:
             config = _on(config, resolve_device(config.parallel.device))
-        opened = open_model(config.model, header_device(config.model, config.parallel.device))
+        wanted = header_device(config.model, config.parallel.device)
+        if wanted == "cuda":  # and so nothing else will do on a cluster, whatever it has just now
+            config = _on(config, wanted)
+        opened = open_model(config.model, wanted)
         rank_units(len(opened.units), config.parallel.tp)
         stage_layers(opened, config.parallel.pp)
         draft = open_draft(config.model, opened, config.parallel)

@@ -30,6 +30,7 @@ from runtime.commands.engines import Front, open_front, preview
 from runtime.commands.output import loading, working, write_json
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig, ServeConfig
 from runtime.errors import InvalidArgument, NotEnough, NotFound, Unavailable
+from runtime.model.device import resolve_device
 from runtime.sizes import show_size
 from runtime.tokenizer import Tokenizer
 from runtime.types import EngineInfo, Finished, FinishReason, Request, SamplingParams, TokenOutput
@@ -63,7 +64,8 @@ def compare(a: ModelConfig, b: ModelConfig, parallel: ParallelConfig, work: Work
     if work.plot is not None and not work.plot.parent.is_dir():
         raise NotFound("folder", str(work.plot.parent), "it is to hold the plot")
     texts = read_prompts(work.prompts)
-    fronts = [open_front(model, chat=False, device=parallel.device) for model in (a, b)]
+    device = resolve_device(parallel.device)
+    fronts = [open_front(model, chat=False, device=device) for model in (a, b)]
     first, second = (front.tokenizer for front in fronts)
     check_vocabularies(first, second)
     prompts = encode_alike(first, second, texts)

@@ -23,6 +23,7 @@ from runtime.server.engine_client import EngineClient
 from runtime.server.pipeline import Pipeline
 from runtime.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
 from runtime.types import EngineInfo, Finished, FinishReason, Request, SamplingParams
+from runtime.weights.checkpoint import open_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ def _same_files(model: ModelConfig, build: Callable[[Say], Built]) -> Callable[[
     known: list[dict[str, tuple[int, int]]] = []
 
     def checked(say: Say) -> Built:
-        stats = {file: os.stat(file) for file in open_model(model).checkpoint.files}
+        stats = {file: os.stat(file) for file in open_checkpoint(model.path).files}
         known.append({file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()})
         if known[-1] != known[0]:
             raise Unavailable("the model's files are not those that are served any more: start it anew")

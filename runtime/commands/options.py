@@ -57,7 +57,10 @@ KvMemory = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(metavar="auto|bf16|fp32", help="Activations. auto: fp32 for F32 and F16 files, else bf16."),
+    typer.Option(
+        metavar="auto|bf16|fp32|fp16",
+        help="Activations. auto: fp32 for F32 and F16 files, else bf16; on GPUs fp16.",
+    ),
 ]
 KvDtype = Annotated[
     str,

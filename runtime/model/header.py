@@ -83,7 +83,7 @@ def open_model(config: ModelConfig, device: str = "cpu") -> OpenModel:
     if config.kv_dtype not in ("auto", "fp8"):
         raise InvalidArgument("kv-dtype", f"{config.kv_dtype!r} is neither auto nor fp8")
     if config.kv_dtype == "fp8" and device != "cuda":
-        raise InvalidArgument("kv-dtype", "fp8 is not possible on a CPU: auto")
+        raise InvalidArgument("kv-dtype", "fp8 is not possible on a CPU; use auto")
     dtype = _gpu_dtype(config) if device == "cuda" else _cpu_dtype(config, checkpoint, spec)
     down = [checkpoint.tensors[f"blk.{i}.ffn_down.weight"].type for i in range(spec.layers)]
     block = 32 if config.quantize else max(t.block for t in down)
@@ -94,9 +94,9 @@ def open_model(config: ModelConfig, device: str = "cpu") -> OpenModel:
 
 def header_device(config: ModelConfig, wanted: str) -> str:
     """What to open a header for before it is known where ranks will be: "cuda" where nothing else will do."""
-    if wanted != "auto":
+    if wanted in ("cpu", "cuda"):
         return wanted
-    return "cuda" if config.kv_dtype == "fp8" else "cpu"
+    return "cuda" if config.kv_dtype == "fp8" or config.dtype == "fp16" else "cpu"
 
 
 def _gpu_dtype(config: ModelConfig) -> str:
@@ -114,4 +114,6 @@ def _cpu_dtype(config: ModelConfig, checkpoint: Checkpoint, spec: ModelSpec) -> 
         return "fp32" if exact and not config.quantize else "bf16"
     if config.dtype in ("bf16", "fp32"):
         return config.dtype
-    raise InvalidArgument("dtype", f"{config.dtype!r} is none of auto, bf16, fp32")
+    if config.dtype == "fp16":
+        raise InvalidArgument("dtype", "fp16 is not possible on a CPU; use auto, bf16 or fp32")
+    raise InvalidArgument("dtype", f"{config.dtype!r} is none of auto, bf16, fp32, fp16")

@@ -14,6 +14,7 @@ from kernels.gpu.overlap import OLDEST, overlap, overlapping
 from kernels.gpu.tuning import Tiling, overlap_pays, save
 from runtime.model.communicator import Alone
 from runtime.model.gpu.forward import GpuForward
+from runtime.model.gpu.shard import DTYPE, FP8
 from tests.gpu.device import DEVICE, ON_GPU
 
 ABLE = ON_GPU and torch.cuda.get_device_capability() >= OLDEST
@@ -49,23 +50,26 @@ def test_a_tuned_file_keeps_it_beside_tilings(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.skipif(not ABLE, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("dtype", [DTYPE, FP8], ids=["fp16", "fp8"])
 @pytest.mark.parametrize("sequences", [1, 8])
-def test_captured_steps_give_the_same_bits(sequences: int) -> None:
+def test_captured_steps_give_the_same_bits(sequences: int, dtype: torch.dtype) -> None:
     """Many replays: a kernel that does not wait would now and then read what is not there yet."""
     spec = replace(flagship(8), hidden=1024, heads=16, kv_heads=2, head_dim=64, ffn=2048, vocab=4096)
-    cache, _ = kv_cache(spec, sequences, 600)
-    forward = GpuForward(random_shard(spec), cache, Alone(), 600)
+    cache, scales = kv_cache(spec, sequences, 600, dtype=dtype)
+    forward = GpuForward(random_shard(spec), cache, Alone(), 600, scales)
     batch = decode_batch(sequences, 600, spec.vocab)
-    kept = cache.clone()
+    state = [cache.view(torch.uint8), *([] if scales is None else [scales])]
+    kept = [tensor.clone() for tensor in state]
     with torch.inference_mode():
         want = forward.logits(batch).clone()
-        written = cache.clone()
+        written = [tensor.clone() for tensor in state]
         with overlap():
             out: list[torch.Tensor] = []
             run = captured([lambda: out.append(forward.logits(batch))])
         for _ in range(200):
-            cache.copy_(kept)
+            for tensor, before in zip(state, kept, strict=True):
+                tensor.copy_(before)
             out[-1].fill_(float("nan"))
             run()
             assert torch.equal(out[-1].view(torch.int32), want.view(torch.int32))
-            assert torch.equal(cache, written)
+            assert all(torch.equal(tensor, after) for tensor, after in zip(state, written, strict=True))

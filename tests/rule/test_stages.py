@@ -62,6 +62,7 @@ def test_guesses_that_were_right_reach_every_stage(tiny):
         assert 0 < load.accepted_tokens < load.drafted_tokens
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_a_stage_that_fails_ends_every_stream(tiny, monkeypatch, failing):
     """Whichever it is: the others, which wait for it, are not left waiting."""

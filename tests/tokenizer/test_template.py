@@ -85,6 +85,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", sorted(BOMBS))
 def test_bombs_end(name):
     template = ChatTemplate(BOMBS[name], bos="", eos="", file="m.gguf")
