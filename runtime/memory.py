@@ -1,8 +1,8 @@
 """How much memory this process may still take: what its host has free, or less, as its container has it.
 
-A container's limit is a control group's, of version 2 (`memory.max`) or 1 (`memory.limit_in_bytes`), and so is
-every limit of the groups around it; Linux kernel documentation, admin-guide/cgroup-v2 and cgroup-v1/memory.
-Pages of files that nobody has used lately count as free, as the kernel drops them first.
+A container's limit is a control group's, of version 2 (`memory.max`) or 1 (`memory.limit_in_bytes`), and so
+is every limit of the groups around it; Linux kernel documentation, admin-guide/cgroup-v2 and
+cgroup-v1/memory. Pages of files that nobody has used lately count as free, as the kernel drops them first.
 """
 
 from __future__ import annotations

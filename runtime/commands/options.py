@@ -59,7 +59,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         metavar="auto|bf16|fp32|fp16",
-        help="Activations. auto: fp32 for F32 and F16 files, else bf16; on GPUs fp16.",
+        help="Activations. auto: on a CPU fp32 for F32 and F16 files, else bf16; on a GPU fp16.",
     ),
 ]
 KvDtype = Annotated[

@@ -1,4 +1,4 @@
-"""What a GPU alone can do, said on a machine that has none: headers open, files are told apart, ranks refuse."""
+"""What GPUs alone compute in, asked for where there is none: headers open, files are known, ranks refuse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOR_GPUS = ({"kv_dtype": "fp8"}, {"dtype": "fp16"})
 
 @pytest.mark.parametrize("settings", FOR_GPUS)
 def test_a_header_opens_where_the_ranks_will_be(tiny, settings) -> None:
-    model = ModelConfig(str(tiny()), **settings)
+    model = ModelConfig(str(tiny), **settings)
     assert header_device(model, "auto") == "cuda"
     assert header_device(model, "cpu") == "cpu"
     assert header_device(ModelConfig(model.path), "auto") == "cpu"
@@ -27,5 +27,5 @@ def test_a_header_opens_where_the_ranks_will_be(tiny, settings) -> None:
 @pytest.mark.parametrize("settings", FOR_GPUS)
 def test_files_are_told_apart_whatever_they_are_computed_in(tiny, settings) -> None:
     """Which every build of a server's ranks does, the first one too."""
-    build = _same_files(ModelConfig(str(tiny()), **settings), lambda say: "built")
+    build = _same_files(ModelConfig(str(tiny), **settings), lambda say: "built")
     assert [build(print), build(print)] == ["built", "built"]
