@@ -118,8 +118,11 @@ def workloads(sizes: Sizes, clock: Clock) -> dict[str, Workload]:
     }
 
 
-def contestants(path: str, sizes: Sizes, threads: int | None, stack: ExitStack) -> dict[str, LocalEngine]:
-    """An engine for each choice of what is off; items that this model does not meet have none."""
+def contestants(
+    path: str, sizes: Sizes, threads: int | None, stack: ExitStack, only: Sequence[str] = ()
+) -> dict[str, LocalEngine]:
+    """An engine for each choice of what is off, or those named in `only`; items that this model does not meet
+    have none."""
 
     def build(name: str) -> LocalEngine:
         with switched_off(without(name)):
@@ -134,9 +137,8 @@ def contestants(path: str, sizes: Sizes, threads: int | None, stack: ExitStack) 
             return stack.enter_context(opened)
 
     ruled = build(RULED)
-    return {RULED: ruled, ALL: build(ALL), CUT: build(CUT)} | {
-        name: build(name) for name in ITEMS if _meets(ruled, name)
-    }
+    met = [ALL, CUT, *(name for name in ITEMS if _meets(ruled, name))]
+    return {RULED: ruled} | {name: build(name) for name in met if name in only or not only}
 
 
 def without(name: str) -> tuple[str, ...]:
@@ -261,6 +263,7 @@ def main() -> None:
     parser.add_argument("model", help="a GGUF file or a folder")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--streams", type=int, default=Sizes.streams)
+    parser.add_argument("--only", nargs="*", default=[], choices=[ALL, CUT, *ITEMS], help="contestants")
     parser.add_argument("--threads", type=int, help="of a rank; all cores without")
     parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU seconds")
     parser.add_argument(
@@ -270,7 +273,7 @@ def main() -> None:
     clock = time.process_time if args.cpu_time else time.perf_counter
     sizes = QUICK if args.quick else Sizes(streams=args.streams)
     with ExitStack() as stack:
-        engines = contestants(args.model, sizes, args.threads, stack)
+        engines = contestants(args.model, sizes, args.threads, stack, args.only)
         numerics = engines[RULED].client._info.numerics
         differences = agreement(engines, sizes)
         pairs = measure(engines, sizes, 1 if args.quick else args.rounds, clock)
