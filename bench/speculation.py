@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -66,12 +67,14 @@ class Case:
         left_out = [[r for r in rounds if r != out] or list(rounds) for out in rounds]
         gains = [off / on for on, off in map(self.seconds, left_out)]
         on, off = self.seconds(rounds)
+        turns = [off / on for pieces in self.rounds for on, off in pieces[:-1] or pieces]
         tokens = self.reply_tokens - len(self.requests)
         return {
             "on_tokens_per_s": round(tokens / on, 2),
             "off_tokens_per_s": round(tokens / off, 2),
             "gain": round(off / on, 3),
             "gain_range": [round(min(gains), 3), round(max(gains), 3)],
+            "gain_of_median_turn": round(statistics.median(turns), 3),
             "reply_tokens": self.reply_tokens,
             "copied_tokens": self.copied,
             "drafted_tokens": self.drafted,
@@ -109,7 +112,7 @@ def cases(
     for name, temperature in itertools.product(prompts, TEMPERATURES):
         yield Case(f"{name}, {_how(temperature)}", [request(name, 3, temperature)])
     for kind, names in (("copies", copies), ("others", others)):
-        for temperature in TEMPERATURES:
+        for temperature in TEMPERATURES if streams else ():
             turns = itertools.islice(itertools.cycle(names), streams)
             requests = [request(name, number, temperature) for number, name in enumerate(turns)]
             yield Case(f"{streams} streams, {kind}, {_how(temperature)}", requests)
@@ -128,7 +131,7 @@ def play(case: Case, on: LocalEngine, off: LocalEngine, number: int, clock: Cloc
         order = ("on", "off") if (turn + number) % 2 else ("off", "on")
         seconds = {side: sides[side].until(target) for side in order}
         if turn:  # the first has the prompts in it
-            stretches.append((seconds["on"], seconds["off"]))
+            stretches.append((max(seconds["on"], 1e-9), max(seconds["off"], 1e-9)))
     order = ("on", "off") if number % 2 else ("off", "on")
     traces, last = {}, {}
     for side in order:
@@ -171,18 +174,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a chat model: a GGUF file or a folder")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--streams", type=int, default=16, help="at once, in the last cases; 0: none")
     parser.add_argument("--max-tokens", type=int, default=320)
     parser.add_argument("--draft-tokens", type=int, default=EngineConfig().draft_tokens)
     parser.add_argument("--threads", type=int, help="of a rank; all cores without")
     parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU seconds")
-    parser.add_argument("--only", help="prompts whose name holds this")
+    parser.add_argument("--only", nargs="*", default=[], help="prompts whose names hold one of these")
     parser.add_argument("--quick", action="store_true", help="short replies, one round, two prompts")
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
     if args.quick:
         args.rounds, args.streams, args.max_tokens = 1, 2, 12
-    texts = {n: text for n, text in (COPY_HEAVY | OTHERS).items() if not args.only or args.only in n}
+    texts = {
+        n: text
+        for n, text in (COPY_HEAVY | OTHERS).items()
+        if not args.only or any(part in n for part in args.only)
+    }
     if args.quick:
         texts = {name: texts[name] for name in ("list, repeated", "story")}
     prompts, stop = encode(args.model, texts)
@@ -232,12 +239,15 @@ def main() -> None:
             f"{of['off_tokens_per_s']:.1f}",
             f"{of['on_tokens_per_s']:.1f}",
             f"{of['gain']:.2f}x ({of['gain_range'][0]:.2f} to {of['gain_range'][1]:.2f})",
+            f"{of['gain_of_median_turn']:.2f}x",
             f"{of['accepted_tokens']} of {of['drafted_tokens']}",
             f"{of['copied_tokens']} of {of['reply_tokens']}",
         ]
         for name, of in found.items()
     ]
-    show(result, ["", "off, tok/s", "on, tok/s", "gain", "guesses right", "copied"], rows)
+    show(
+        result, ["", "off, tok/s", "on, tok/s", "gain", "of the median turn", "guesses right", "copied"], rows
+    )
 
 
 if __name__ == "__main__":
