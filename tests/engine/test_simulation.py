@@ -104,8 +104,10 @@ def test_replies_survive_tight_memory(start: int) -> None:
 
 
 @pytest.mark.slow
-def test_replies_survive_tight_memory_at_length() -> None:
-    for seed in range(1000, 3000):
+@pytest.mark.parametrize("first", range(1000, 3000, 250))
+def test_replies_survive_tight_memory_at_length(first: int) -> None:
+    """In parts, which tests that run beside each other can share out."""
+    for seed in range(first, first + 250):
         try:
             simulate(seed)
         except Exception as error:
