@@ -1,4 +1,5 @@
-"""Makes Triton's interpreter twice as fast, where it is what runs the kernels.
+"""Runs a share of the tests where one is asked for (`python -m tests.gpu`), and makes Triton's interpreter,
+where that is what runs the kernels, twice as fast.
 
 It patches `triton.language` when a kernel starts, and again whenever a kernel calls another function, which
 finds everything patched already and costs a millisecond. Here it is done once for each set of modules a
@@ -8,11 +9,21 @@ has other parts, it is left as it is.
 
 from __future__ import annotations
 
+import os
+
+import pytest
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+SHARE = "TRAMONTANE_TEST_SHARE"  # "1/4": of the tests that are collected, the second of four shares
 _PARTS = ("_patch_lang", "_LangPatchScope", "GridExecutor")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if share := os.environ.get(SHARE):
+        which, of = map(int, share.split("/"))
+        items[:] = items[which::of]
 
 
 def patch_once_a_launch() -> None:
