@@ -1,7 +1,7 @@
 """Runs the tests of this folder, several files at once, in processes of their own: `python -m tests.gpu`.
 
 On a GPU most of their time is Triton compiling, on one core a process, so the files that compile most are cut
-into shares. Needs nothing but pytest beside what the tests need. More arguments go to pytest. Prints what each
+into shares. Needs nothing but pytest beside what the tests need. More arguments go to pytest. Prints what a
 process printed as it ends, then a line in all; the exit status is 1 if any failed.
 """
 
