@@ -1,6 +1,6 @@
 """What guessing tokens ahead gains: the engine with speculation against itself without.
 
-    python bench/speculation.py MODEL.gguf > speculation.json     SmolLM2-135M-Instruct: three minutes a round
+    python bench/speculation.py MODEL.gguf > speculation.json     SmolLM2-135M-Instruct: some minutes a round
     python bench/speculation.py MODEL.gguf --threads 1 --cpu-time     where others use the machine too
     python bench/speculation.py MODEL.gguf --quick                seconds: shows that it works, no figures
 

@@ -52,7 +52,7 @@ class Cluster:
         if ray_address is None:
             config = _on(config, resolve_device(config.parallel.device))
         wanted = header_device(config.model, config.parallel.device)
-        if wanted == "cuda":  # and so nothing else will do on a cluster, whatever it has just now
+        if wanted == "cuda":  # nothing else will do, whatever the cluster has free just now
             config = _on(config, wanted)
         opened = open_model(config.model, wanted)
         rank_units(len(opened.units), config.parallel.tp)
