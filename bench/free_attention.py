@@ -98,8 +98,7 @@ def paged_attention(
 
 
 def _attend(q: torch.Tensor, cache: torch.Tensor, call: FreeCall, scale: float, out: torch.Tensor) -> None:
-    m, kv_heads, group, dim = q.shape
-    parts = out.shape[0]
+    kv_heads, group, dim = q.shape[1:]
     if isinstance(call.blocks, slice):
         kv, batch = cache[call.blocks], 1
     else:
@@ -115,11 +114,11 @@ def _attend(q: torch.Tensor, cache: torch.Tensor, call: FreeCall, scale: float, 
     y = torch.nn.functional.scaled_dot_product_attention(
         mine, k, v, attn_mask=call.mask, is_causal=call.causal, scale=scale, enable_gqa=call.run and group > 1
     )
-    rows = (y.transpose(1, 2) if call.run else y).reshape(-1, parts, kv_heads * group * dim // parts)
+    rows = (y.transpose(1, 2) if call.run else y).reshape(-1, kv_heads * group * dim)
     if isinstance(call.rows, torch.Tensor):
-        out.index_copy_(1, call.rows, rows.transpose(0, 1))
+        out.index_copy_(0, call.rows, rows)
     else:
-        out[:, call.rows or slice(0, m)] = rows.transpose(0, 1)
+        out[call.rows or slice(0, q.shape[0])] = rows
 
 
 def _mask(positions: torch.Tensor, length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:

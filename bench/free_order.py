@@ -73,7 +73,7 @@ def _units() -> Sequence[Patch]:
 
     def linear_parts(x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
         (weight,) = weights
-        return forward.linear(x[0], weight)[None]
+        return forward.linear(x, weight)[None]
 
     return (
         (runtime.model.units, "unit_count", lambda kv_heads: 1),

@@ -249,8 +249,8 @@ def _weights(shard) -> Iterator[object]:
     yield from (head.weight for head in shard.heads)
     for layer in shard.layers:
         yield from (*layer.qkv.parts, *layer.attention_output)
-        for ffn in layer.ffn:
-            yield from (*ffn.gate_up.parts, *ffn.down)
+        if layer.ffn is not None:
+            yield from (*layer.ffn.gate_up.parts, *layer.ffn.down)
 
 
 def _costs(of: Mapping) -> str:

@@ -30,10 +30,9 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.T
 
 
 def gate(both: torch.Tensor, out: torch.Tensor) -> None:
-    """`silu_mul` of units: out [units, M, C], of `both` [M, units * 2 * C], a gate before each up."""
-    units, m, width = out.shape
+    """`silu_mul` of the halves of `both` [M, 2 * C], the gate before the up -> out [M, C]."""
+    width = out.shape[1]
     if out.dtype == torch.bfloat16 and width % rows.LANES == 0 and machine.supported():
         rows.gate(both, out)
         return
-    pair = both.view(m, units, 2, width).transpose(0, 1)
-    silu_mul(pair[:, :, 0], pair[:, :, 1], out=out)
+    silu_mul(both[:, :width], both[:, width:], out=out)

@@ -180,14 +180,13 @@ def paged_attention(
     """q [M, KV heads, group, D]; cache [blocks, block_size, 2, KV heads, D], keys then values; `buffers`
     from `tile_buffers`.
 
-    Writes out [parts, M, heads / parts * D], the heads cut into equal parts (units), and returns it.
-    Types of q, cache and out are equal, bf16 or fp32. Rows that no call names are left as they are.
+    Writes out [M, heads * D] and returns it. Types of q, cache and out are equal, bf16 or fp32. Rows that no
+    call names are left as they are.
     """
     kv_heads, group, dim = q.shape[1:]
     if cache.shape[2:] != (2, kv_heads, dim) or cache.dtype != q.dtype:
         raise ValueError(f"attention: q {q.dtype} {tuple(q.shape)} does not fit cache {tuple(cache.shape)}")
     split = _head_split(group)
-    parts = out.shape[0]
     lanes, packed = kv_heads * split, group // split
     for call, tile in zip(calls, buffers, strict=True):
         tiles, length = call.mask.shape[0], call.mask.shape[3]
@@ -210,18 +209,15 @@ def paged_attention(
             )
         y = torch.nn.functional.scaled_dot_product_attention(tile, k, v, attn_mask=call.mask, scale=scale)
         if call.query is None and call.tokens == 1:
-            y = y if used == y.shape[2] else y[:, :, :used]
-            y = y.view(tiles, parts, -1, used, dim).transpose(0, 1)
-            out.view(y.shape).copy_(y)
+            out.view(tiles, lanes, used, dim).copy_(y if used == y.shape[2] else y[:, :, :used])
             continue
-        # [parts, tiles, tokens, lanes of a part, packed, D], as the rows of `out` want it
-        y = y[:, :, :used].unflatten(2, (call.tokens, packed)).unflatten(1, (parts, -1))
-        y = y.permute(1, 0, 3, 2, 4, 5)
+        # [tiles, tokens, lanes, packed, D], as the rows of `out` want it
+        y = y[:, :, :used].unflatten(2, (call.tokens, packed)).transpose(1, 2)
         if call.query is None:
             out.view(y.shape).copy_(y)
         else:
-            rows = y.reshape(parts, tiles * call.tokens, -1)
-            out.index_copy_(1, call.query[: call.keep], rows[:, : call.keep])
+            rows = y.reshape(tiles * call.tokens, -1)
+            out.index_copy_(0, call.query[: call.keep], rows[: call.keep])
     return out
 
 

@@ -1,10 +1,12 @@
-"""Linear layers: y = x @ w.T for weights kept as int4 groups, bf16 or fp32.
+"""Linear layers: y = x @ w.T for weights kept as codes with scales, bf16 or fp32.
 
 The rule of rows on a CPU stands on measured behaviour of torch's operators (docs/numerics.md):
 
-* int4 runs on AMX where there is such (`kernels.native`): tiles compute rows and columns independently of
-  each other, so it takes any number of rows, columns of several units, and several products in one call.
-* Elsewhere `_weight_int4pack_mm_for_cpu` serves, with other bits, rows and columns independent likewise.
+* Codes of 4 or 8 bits run on AMX where there is such (`kernels.native`): tiles compute rows and columns
+  independently of each other, so it takes any number of rows, columns of several units, and several
+  products in one call.
+* Elsewhere `_weight_int4pack_mm_for_cpu` serves 4 bits, with other sums, rows and columns independent
+  likewise.
 * A dense bf16 product is called with exactly 16 rows, padded, so that one kernel with one order of K serves
   every batch. Its columns are those of one unit, whoever holds it. From K = 1536 on, oneDNN splits K among
   threads where N is small, so K is cut into chunks of 1024, each rounded to bf16 and added in fp32, in order.
@@ -14,11 +16,12 @@ The rule of rows on a CPU stands on measured behaviour of torch's operators (doc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from kernels.native import int4, machine
+from kernels.native import codes as native
+from kernels.native import machine
 
 TILE = 16  # rows of one dense call
 K_CHUNK = 256  # columns of K in one dense fp32 call
@@ -27,24 +30,8 @@ INT4_GROUPS = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
-class Int4Tiles:
-    """w[n, k] = (code[n, k] - 8) * scale + zero, bf16 scale and zero a group of k, packed for AMX; or `parts`
-    such weights of one shape, one after another."""
-
-    packed: torch.Tensor  # uint8 [parts * N / 16, K / group, bytes]: see kernels/native/int4.py
-    group: int
-    parts: int
-    out_features: int
-    in_features: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes
-
-
-@dataclass(frozen=True, slots=True)
 class Int4Weight:
-    """The same for torch's operator."""
+    """w[n, k] = (code[n, k] - 8) * scale + zero, bf16 scale and zero a group of k, for torch's operator."""
 
     packed: torch.Tensor  # uint8 [N, K / 2], in the operator's own order
     scales_and_zeros: torch.Tensor  # bf16 [K / group, N, 2]
@@ -80,7 +67,8 @@ class Fp32Weight:
         return sum(chunk.nbytes for chunk in self.chunks)
 
 
-Weight = Int4Tiles | Int4Weight | Bf16Weight | Fp32Weight
+Codes = native.Parts  # of one product, or of several
+Weight = Codes | Int4Weight | Bf16Weight | Fp32Weight
 
 
 def int4_takes(out_features: int, in_features: int, group: int) -> bool:
@@ -102,8 +90,8 @@ def pack_int4(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, 
             f"int4 weight: codes {tuple(codes.shape)}, scales {tuple(scales.shape)}, group {group} do not fit"
         )
     zeros = offsets + 8 * scales
-    if machine.supported() and k <= int4.LONGEST:
-        return Int4Tiles(int4.pack(codes, scales, zeros), group, 1, n, k)
+    if machine.supported() and k <= native.LONGEST:
+        return native.pack(codes, scales, zeros, native.Layout(4, group, True))
     return pack_int4_for_torch(codes, scales, zeros, group)
 
 
@@ -116,19 +104,30 @@ def pack_int4_for_torch(
     return Int4Weight(packed, pair, group, n, k)
 
 
+def int8_takes(out_features: int, in_features: int, group: int) -> bool:
+    """Whether codes of 8 bits of this shape are served here: on AMX alone."""
+    fits = out_features % 16 == 0 and in_features % group == 0 and (group == 16 or group % 32 == 0)
+    return fits and in_features <= native.LONGEST and machine.supported()
+
+
+def pack_int8(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, group: int) -> Codes:
+    """Pack codes int8 [N, K] with w = code * scale + offset, fp32 [N, K / group]; nothing is rounded.
+
+    Raises ValueError for what `int8_takes` refuses."""
+    n, k = codes.shape
+    alike = all(t is None or t.shape == (n, k // group) for t in (scales, offsets))
+    if not int8_takes(n, k, group) or codes.dtype != torch.int8 or not alike:
+        raise ValueError(
+            f"int8 weight: codes {codes.dtype} {tuple(codes.shape)}, scales {tuple(scales.shape)}, "
+            f"group {group} do not fit"
+        )
+    return native.pack(codes, scales, offsets, native.Layout(8, group, offsets is not None))
+
+
 def stack(weights: Sequence[Weight]) -> tuple[Weight, ...]:
-    """Weights with an input each, for `linear_parts`: as one where they are alike and packed for AMX."""
-    first = weights[0]
-    if not all(
-        isinstance(w, Int4Tiles) and isinstance(first, Int4Tiles) and _alike(w, first) for w in weights
-    ):
-        return tuple(weights)
-    packed = torch.cat([w.packed for w in weights if isinstance(w, Int4Tiles)])
-    return (replace(first, packed=packed, parts=len(weights)),)
-
-
-def _alike(a: Int4Tiles, b: Int4Tiles) -> bool:
-    return (a.group, a.parts, *a.packed.shape) == (b.group, 1, *b.packed.shape)
+    """Weights with a share of x each, for `linear_parts`: as one where they are packed alike for AMX."""
+    together = native.joined(weights) if all(isinstance(w, Codes) for w in weights) else None
+    return tuple(weights) if together is None else (together,)
 
 
 def pack_bf16(weight: torch.Tensor) -> Bf16Weight:
@@ -149,23 +148,31 @@ def pack_fp32(weight: torch.Tensor) -> Fp32Weight:
     return Fp32Weight(chunks, n, k)
 
 
-def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """x [M, K] times weight [N, K] transposed -> [M, N].
+def linear(x: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x [M, K] times weight [N, K] transposed -> [M, N], in `out` if given.
 
-    x is bf16 for int4 and bf16 weights, fp32 for fp32 ones, and contiguous; the result has its type.
-    Raises ValueError naming what does not fit.
+    x is bf16, for fp32 weights fp32; the result has its type. Neighbouring columns of `out` are neighbours in
+    memory. Raises ValueError naming what does not fit.
     """
-    if isinstance(weight, Int4Tiles):
-        return _int4_tiles(x, weight)
+    if isinstance(weight, Codes):
+        if out is None:
+            out = torch.empty(x.shape[0], weight.out_features, dtype=torch.bfloat16)
+        _by_codes(x, weight, out[None])
+        return out
+    y = _linear(x, weight)
+    return y if out is None else out.copy_(y)
+
+
+def _linear(x: torch.Tensor, weight: Int4Weight | Bf16Weight | Fp32Weight) -> torch.Tensor:
     if isinstance(weight, Int4Weight):
         if x.dtype is not torch.bfloat16 or x.shape[-1] != weight.in_features or x.ndim != 2 or not x.is_cpu:
-            raise _misfit(x, weight)
+            raise _misfit(x, weight, weight.in_features)
         return torch._weight_int4pack_mm_for_cpu(
             x.contiguous(), weight.packed, weight.group, weight.scales_and_zeros
         )
     wanted = torch.float32 if isinstance(weight, Fp32Weight) else torch.bfloat16
     if x.dtype is not wanted or x.shape[-1] != weight.in_features or x.ndim != 2 or not x.is_cpu:
-        raise _misfit(x, weight)
+        raise _misfit(x, weight, weight.in_features)
     product = _bf16_tile if isinstance(weight, Bf16Weight) else _fp32_tile
     m = x.shape[0]
     if m == TILE:
@@ -179,30 +186,38 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
 
-def linear_parts(x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor | Sequence[torch.Tensor]:
-    """x [parts, M, K] by a weight each, as `stack` returns them -> [parts, M, N], or its parts."""
-    if len(weights) < x.shape[0]:
-        return _int4_tiles(x, weights[0])
-    return [linear(part, weight) for part, weight in zip(x, weights, strict=True)]
-
-
-def _int4_tiles(x: torch.Tensor, weight: Int4Tiles) -> torch.Tensor:
-    """x [M, K], or [parts, M, K] where the weight has several parts -> the same with N columns."""
-    shape, parts = x.shape, weight.parts
-    fits = len(shape) == (2 if parts == 1 else 3) and shape[-1] == weight.in_features
-    if not fits or x.dtype is not torch.bfloat16 or not x.is_cpu or (parts > 1 and shape[0] != parts):
-        raise _misfit(x, weight)
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    out = torch.empty((*shape[:-1], weight.out_features), dtype=torch.bfloat16)
-    int4.product(x, weight.packed, weight.group, parts, out)
+def linear_parts(x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
+    """x [M, K], cut into a share of K for each weight that `stack` was given, in their order, by these
+    -> [parts, M, N]."""
+    if len(weights) == 1 and isinstance(weights[0], Codes):
+        (weight,) = weights
+        out = torch.empty(len(weight.widths), x.shape[0], weight.out_features, dtype=torch.bfloat16)
+        _by_codes(x, weight, out)
+        return out
+    widths = [weight.in_features for weight in weights]
+    if x.ndim != 2 or x.shape[1] != sum(widths):
+        raise _misfit(x, weights[0], sum(widths))
+    if len(weights) == 1:
+        return linear(x, weights[0])[None]
+    out = x.new_empty(len(weights), x.shape[0], weights[0].out_features)
+    for share, weight, place in zip(x.split(widths, dim=1), weights, out, strict=True):
+        linear(share, weight, place)
     return out
 
 
-def _misfit(x: torch.Tensor, weight: Weight) -> ValueError:
+def _by_codes(x: torch.Tensor, weight: Codes, out: torch.Tensor) -> None:
+    """x [M, K] by the weights of all parts -> out [parts, M, N]."""
+    if x.ndim != 2 or x.shape[1] != weight.in_features or x.dtype is not torch.bfloat16 or not x.is_cpu:
+        raise _misfit(x, weight, weight.in_features)
+    if out.shape[0] != len(weight.widths):
+        raise ValueError(f"linear: {len(weight.widths)} products, of which {out.shape[0]} are asked for")
+    native.product(x if x.stride(1) == 1 else x.contiguous(), weight, out)
+
+
+def _misfit(x: torch.Tensor, weight: Weight, width: int) -> ValueError:
     return ValueError(
         f"linear: x is {tuple(x.shape)} {x.dtype} on {x.device}; a {type(weight).__name__} takes [M, K] with "
-        f"K = {weight.in_features}, {'fp32' if isinstance(weight, Fp32Weight) else 'bf16'} on the CPU"
+        f"K = {width}, {'fp32' if isinstance(weight, Fp32Weight) else 'bf16'} on the CPU"
     )
 
 

@@ -92,17 +92,17 @@ def rotate_and_store(
 
 
 def gate(both: torch.Tensor, out: torch.Tensor) -> None:
-    """out [units, M, C] = silu(gate) * up, each rounded, of `both` [M, units * 2 * C], gate before up in each
-    unit; both bf16, neighbouring columns neighbours in memory, C a multiple of 16. Subnormals become 0."""
-    units, m, width = out.shape
+    """out [M, C] = silu(gate) * up, each rounded, of `both` [M, 2 * C], the gate before the up; both bf16,
+    neighbouring columns neighbours in memory, C a multiple of 16. Subnormals become 0."""
+    m, width = out.shape
     code = _gate_code()
     code(
         both.data_ptr(),
         2 * both.stride(0),
-        units,
         width // LANES,
         m,
         out.data_ptr(),
+        2 * out.stride(0),
         code.thread_number,
         code.thread_count,
         threads=1 if out.numel() < _SERIAL else None,
@@ -126,7 +126,7 @@ _ROTATE = {
 }  # fmt: skip
 
 _GATE = {
-    "both": "ptr", "both_row": "i64", "units": "i64", "vectors": "i64", "rows": "i64", "out": "ptr",
+    "both": "ptr", "both_row": "i64", "vectors": "i64", "rows": "i64", "out": "ptr", "out_row": "i64",
     "thread_number": "ptr", "thread_count": "ptr",
 }  # fmt: skip
 
@@ -211,26 +211,20 @@ def _gate_code() -> Code:
     f = Function("gate", {"arguments": "ptr"}, internal=False)
     a = f.arguments(_GATE)
     first, mine = threads_share(f, a, a["rows"])
-    part = a["vectors"] * (2 * LANES)  # bytes of a unit's gate, and of its up
 
     def row(i: Value, _) -> None:
-        at = first + i
+        source = a["both"] + (first + i) * a["both_row"]
+        target = a["out"] + (first + i) * a["out_row"]
 
-        def unit(u: Value, _) -> None:
-            source = a["both"] + at * a["both_row"] + u * part * 2
-            target = a["out"] + (u * a["rows"] + at) * part
+        def vector(v: Value, _) -> None:
+            x = _read(f, source + v * (2 * LANES), 2)
+            up = _read(f, source + a["vectors"] * (2 * LANES) + v * (2 * LANES), 2)
+            grown = f.floats("fadd", _exp_of_minus(f, x), f.splat(1.0))
+            place = target + v * (2 * LANES)
+            _write(f, place, f.floats("fdiv", x, grown), 2)
+            _write(f, place, f.floats("fmul", _read(f, place, 2), up), 2)
 
-            def vector(v: Value, _) -> None:
-                x = _read(f, source + v * (2 * LANES), 2)
-                up = _read(f, source + part + v * (2 * LANES), 2)
-                grown = f.floats("fadd", _exp_of_minus(f, x), f.splat(1.0))
-                place = target + v * (2 * LANES)
-                _write(f, place, f.floats("fdiv", x, grown), 2)
-                _write(f, place, f.floats("fmul", _read(f, place, 2), up), 2)
-
-            f.loop(a["vectors"], vector)
-
-        f.loop(a["units"], unit)
+        f.loop(a["vectors"], vector)
 
     f.when(f.compare("ne", mine, 0), lambda: f.loop(mine, row))
     return compile_and_place(module([f]))["gate"]

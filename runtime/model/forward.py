@@ -28,9 +28,6 @@ from runtime.model.shard import Layer, Shard
 from runtime.model.spec import ModelSpec
 from runtime.model.units import rank_units
 
-# Of the units held here: [units, M, H] or [M, H] each; or by unit, where some have none.
-Partials = torch.Tensor | Sequence[torch.Tensor] | dict[int, torch.Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -96,8 +93,8 @@ class Forward:
         self.sum_attention = UnitSum([False] * len(shard.units), comm, shard.dtype)
         self.sum_ffn = UnitSum(no_ffn, comm, shard.dtype)
         # Dense products take whole tiles: the FFN's rows are then padded once, for all its products.
-        ffn_weights = [w for layer in shard.layers for ffn in layer.ffn for w in ffn.gate_up.parts]
-        self.pads_ffn = all(isinstance(w, Bf16Weight | Fp32Weight) for w in ffn_weights)
+        weights = [w for layer in shard.layers if layer.ffn for w in layer.ffn.gate_up.parts]
+        self.pads_ffn = all(isinstance(w, Bf16Weight | Fp32Weight) for w in weights)
         runs = rank_units(len(shard.units), comm.size)
         self.vocab_at = [shard.units[start].vocab[0] for start, _ in runs] + [spec.vocab]
 
@@ -115,10 +112,9 @@ class Forward:
             raise ValueError(f"a plan names KV blocks outside the {self.cache.shape[1]} there are")
         cos = self.cos.index_select(0, batch.positions)
         sin = self.sin.index_select(0, batch.positions)
-        units = shard.run[1] - shard.run[0]
         q_shape = (m, self.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
         buffers = tile_buffers(batch.calls, q_shape, shard.dtype)
-        attended = torch.empty(units, m, self.heads * spec.head_dim // units, dtype=shard.dtype)
+        attended = torch.empty(m, self.heads * spec.head_dim, dtype=shard.dtype)
         ffn_rows = -(-m // TILE) * TILE if self.pads_ffn else m
         h = rms_norm(x, shard.layers[0].attention_norm, spec.norm_eps, shard.dtype)
         for index, layer in enumerate(shard.layers):
@@ -133,7 +129,7 @@ class Forward:
             partials = self._feed_forward(h, layer, m)
             if index + 1 < len(shard.layers):
                 h = self._take_up(x, self.sum_ffn, partials, shard.layers[index + 1].attention_norm, m)
-        x += self.sum_ffn(self._by_unit(partials), m, spec.hidden)
+        x += self.sum_ffn(partials, m, spec.hidden)
         return x
 
     def normalised(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -159,14 +155,15 @@ class Forward:
         return torch.cat(parts, dim=1)
 
     def _take_up(
-        self, x: torch.Tensor, unit_sum: UnitSum, partials: Partials, norm: torch.Tensor, rows_: int
+        self, x: torch.Tensor, unit_sum: UnitSum, partials: torch.Tensor, norm: torch.Tensor, rows_: int
     ) -> torch.Tensor:
-        """x [M, H] += the sum of `partials` over all units -> x normalised, zero rows up to `rows_`."""
+        """x [M, H] += the sum over all units of what `partials` [units held here that have some, M, H] is a
+        share of -> x normalised, zero rows up to `rows_`."""
         m, hidden = x.shape
-        if self.comm.size == 1 and isinstance(partials, torch.Tensor):
+        if self.comm.size == 1:
             order = unit_sum.order
         else:
-            partials, order = unit_sum(self._by_unit(partials), m, hidden)[None], ()
+            partials, order = unit_sum(partials, m, hidden)[None], ()
         if rows_ == m:
             h = mine = torch.empty(m, hidden, dtype=self.shard.dtype)
         else:
@@ -175,21 +172,15 @@ class Forward:
         add_norm(x, partials, order, norm, self.shard.spec.norm_eps, mine)
         return h
 
-    def _feed_forward(self, h: torch.Tensor, layer: Layer, m: int) -> Partials:
-        """Partial results of the FFN; rows of h past `m` are padding."""
-        partials: dict[int, torch.Tensor] = {}
-        for ffn in layer.ffn:
-            both = columns(h, ffn.gate_up)
-            inner = torch.empty(ffn.units[1] - ffn.units[0], m, ffn.width, dtype=self.shard.dtype)
-            gate(both if both.shape[0] == m else both[:m], inner)
-            outputs = linear_parts(inner, ffn.down)
-            if len(outputs) == self.shard.run[1] - self.shard.run[0]:
-                return outputs
-            partials |= enumerate(outputs, start=self.shard.run[0] + ffn.units[0])
-        return partials
-
-    def _by_unit(self, partials: Partials) -> dict[int, torch.Tensor]:
-        return partials if isinstance(partials, dict) else dict(enumerate(partials, start=self.shard.run[0]))
+    def _feed_forward(self, h: torch.Tensor, layer: Layer, m: int) -> torch.Tensor:
+        """Partial results of the FFN [units held here that own channels, M, H]; rows of h past `m` are
+        padding."""
+        if layer.ffn is None:
+            return h.new_empty(0, m, self.shard.spec.hidden)
+        both = columns(h, layer.ffn.gate_up)
+        inner = torch.empty(m, both.shape[1] // 2, dtype=self.shard.dtype)
+        gate(both if both.shape[0] == m else both[:m], inner)
+        return linear_parts(inner, layer.ffn.down)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """int64 [M] -> fp32 [M, H], in the first stage. A rank looks up the tokens of its share of the
@@ -214,4 +205,8 @@ def columns(x: torch.Tensor, weights: Columns) -> torch.Tensor:
     """x [M, K] through weights side by side -> [M, width]."""
     if len(weights.parts) == 1:
         return linear(x, weights.parts[0])
-    return torch.cat([linear(x, part) for part in weights.parts], dim=1)
+    out, at = x.new_empty(x.shape[0], weights.width), 0
+    for part in weights.parts:
+        linear(x, part, out[:, at : at + part.out_features])
+        at += part.out_features
+    return out

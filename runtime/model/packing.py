@@ -8,10 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 
-from kernels.linear import TILE, Weight, int4_takes, linear, pack_bf16, pack_fp32, pack_int4, stack
+from kernels.linear import (
+    TILE,
+    Weight,
+    int4_takes,
+    int8_takes,
+    linear,
+    pack_bf16,
+    pack_fp32,
+    pack_int4,
+    pack_int8,
+    stack,
+)
 from runtime.model.units import Span
 from runtime.weights.planar import Planar
 
@@ -37,10 +49,13 @@ class Packer:
 
     def weight(self, value: Loaded, role: str) -> Weight:
         """One unit's rows, or columns, of one tensor."""
-        if self.dtype == torch.float32:
-            return pack_fp32(dense(value, torch.float32))
-        if role not in self.dense and _int4(value, row_count(value)):
-            return pack_int4(*_int4_parts(value))
+        match self._kind(value, row_count(value), role):
+            case ("int4", _):
+                return _int4([value])
+            case ("int8", *_):
+                return _int8([value])
+            case _ if self.dtype == torch.float32:
+                return pack_fp32(dense(value, torch.float32))
         return pack_bf16(dense(value, torch.bfloat16))
 
     def inputs(self, values: Sequence[Loaded], role: str) -> tuple[Weight, ...]:
@@ -50,27 +65,33 @@ class Packer:
     def columns(self, parts: Sequence[tuple[Loaded, Sequence[Span]]], role: str) -> Columns:
         """Tensors that share an input, each with the row ranges of its units within it, laid end to end.
 
-        int4 columns do not depend on each other, so all of them go into one call where one group size
-        allows it. Dense ones are defined by a call a range, and are fused into one where that is proven to
-        give the same bits."""
+        Columns of codes do not depend on each other, so neighbours of one kind go into one call. Dense ones
+        are defined by a call a range, and are fused into one where that is proven to give the same bits."""
         width = sum(stop - start for _, spans in parts for start, stop in spans)
-        if self.dtype == torch.bfloat16 and role not in self.dense:
-            fused = _int4_columns(parts)
-            if fused is not None:
-                return Columns((fused,), width)
-        pieces = [(value, span) for value, spans in parts for span in spans]
+        pieces = [select(value, slice(start, stop)) for value, spans in parts for start, stop in spans]
         weights: list[Weight] = []
-        lined_up: list[torch.Tensor] = []
-        for value, (start, stop) in pieces:
-            piece = select(value, slice(start, stop))
-            if self.dtype == torch.bfloat16 and (role in self.dense or not _int4(piece, stop - start)):
-                lined_up.append(dense(piece, torch.bfloat16))
-                continue
-            weights += self._fuse(lined_up)
-            lined_up = []
-            weights.append(self.weight(piece, role))
-        weights += self._fuse(lined_up)
+        for kind, run in groupby(pieces, lambda piece: self._kind(piece, row_count(piece), role)):
+            match kind:
+                case ("int4", _):
+                    weights.append(_int4(list(run)))
+                case ("int8", *_):
+                    weights.append(_int8(list(run)))
+                case _ if self.dtype == torch.float32:
+                    weights += [pack_fp32(dense(piece, torch.float32)) for piece in run]
+                case _:
+                    weights += self._fuse([dense(piece, torch.bfloat16) for piece in run])
         return Columns(tuple(weights), width)
+
+    def _kind(self, value: Loaded, rows: int, role: str) -> tuple:
+        """Which operator serves `rows` rows (a unit's) of this tensor; equal for what one call can hold."""
+        if self.dtype == torch.float32 or role in self.dense or not isinstance(value, Planar):
+            return ()
+        if sum(value.bits) == 4 and int4_takes(rows, value.cols, value.group):
+            return "int4", value.group
+        # Codes of 8 bits are signed as they are; others are once the zero point is taken off.
+        if (sum(value.bits) < 8 or not value.zero_point) and int8_takes(rows, value.cols, value.group):
+            return "int8", value.group, value.m is not None
+        return ()
 
     def _fuse(self, pieces: list[torch.Tensor]) -> list[Weight]:
         """Dense bf16 pieces as one weight if a product with it equals the pieces' own products bit for bit.
@@ -117,26 +138,16 @@ def select_cols(value: Loaded, span: Span) -> Loaded:
     return value.select_cols(*span) if isinstance(value, Planar) else value[:, span[0] : span[1]]
 
 
-def _int4(value: Loaded, rows: int) -> bool:
-    """Whether the int4 operator serves `rows` rows (a unit's) of this tensor."""
-    return isinstance(value, Planar) and sum(value.bits) == 4 and int4_takes(rows, value.cols, value.group)
+def _int4(pieces: Sequence[Planar]) -> Weight:
+    """Rows of one kind, one piece after another."""
+    codes = torch.cat([piece.codes() for piece in pieces])
+    scales = torch.cat([piece.scales() for piece in pieces])
+    offsets = torch.cat([piece.offsets() - piece.zero_point * piece.scales() for piece in pieces])
+    return pack_int4(codes, scales, offsets, pieces[0].group)
 
 
-def _int4_parts(value: Planar) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    scales = value.scales()
-    return value.codes(), scales, value.offsets() - value.zero_point * scales, value.group
-
-
-def _int4_columns(parts: Sequence[tuple[Loaded, Sequence[Span]]]) -> Weight | None:
-    if not all(_int4(value, stop - start) for value, spans in parts for start, stop in spans):
-        return None
-    if len({value.group for value, _ in parts if isinstance(value, Planar)}) != 1:
-        return None
-    pieces = [
-        _int4_parts(select(value, slice(start, stop)))
-        for value, spans in parts
-        for start, stop in spans
-        if isinstance(value, Planar)
-    ]
-    codes, scales, offsets = (torch.cat([piece[n] for piece in pieces]) for n in range(3))
-    return pack_int4(codes, scales, offsets, pieces[0][3])
+def _int8(pieces: Sequence[Planar]) -> Weight:
+    codes = torch.cat([(piece.codes().to(torch.int16) - piece.zero_point).to(torch.int8) for piece in pieces])
+    scales = torch.cat([piece.scales() for piece in pieces])
+    offsets = None if pieces[0].m is None else torch.cat([piece.offsets() for piece in pieces])
+    return pack_int8(codes, scales, offsets, pieces[0].group)

@@ -41,25 +41,26 @@ class UnitSum:
         }
         for spans in self.spans:
             spans.sort(key=lambda span: self._single[span])  # fp32 first: payloads then keep its alignment
-        # The folds within this rank, as (into, other) pairs of units in the order they are done, and the
-        # unit in which each of its subtrees ends up.
+        # The folds within this rank, as (into, other) pairs of partials in the order they are done, and the
+        # partial in which each of its subtrees ends up. Where one rank holds all units it is number 0.
         self._order: list[tuple[int, int]] = []
-        leaves = {(u, u + 1): None if empty[u] else u for u in range(units)}
+        held = [u for u in range(*self.run) if not empty[u]]
+        leaves = {(u, u + 1): None if empty[u] else held.index(u) for u in range(*self.run)}
         self._first = [fold(leaves, span, self._note) for span in self.spans[comm.rank]]
-        # The folds where one rank holds all units and none is empty: they leave the sum in unit 0.
         self.order = tuple(self._order)
         self._full_missing = {
             span: None for run in runs for span in subtrees(run, units) if all(empty[span[0] : span[1]])
         }
 
-    def __call__(self, partials: dict[int, torch.Tensor], m: int, width: int) -> torch.Tensor:
-        """partials[u] [m, width] of each non-empty unit u held here -> fp32 [m, width], the same on every
-        rank. Consumes its input."""
+    def __call__(self, partials: Sequence[torch.Tensor], m: int, width: int) -> torch.Tensor:
+        """partials [m, width] of the non-empty units held here, in order -> fp32 [m, width], the same on
+        every rank. Consumes its input."""
+        sums = list(partials)
         for into, other in self._order:
-            partials[into] = _add(partials[into], partials[other])
+            sums[into] = _add(sums[into], sums[other])
         if self.comm.size == 1:
-            return partials[self._first[0]].float()
-        return self.exchange([partials[unit] for unit in self._first], m, width)
+            return sums[0].float()
+        return self.exchange([sums[first] for first in self._first], m, width)
 
     def exchange(self, mine: list[torch.Tensor], m: int, width: int) -> torch.Tensor:
         """Fold across ranks: `mine` holds the sum [m, width] of each of `spans[rank]`, in their order."""

@@ -23,23 +23,21 @@ from runtime.weights.planar import Planar
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """The FFN of some neighbouring units, alike in size."""
+    """The FFN of those units held here that own channels of it, side by side."""
 
-    gate_up: Columns  # [gate | up] a unit, each `width` wide
+    gate_up: Columns  # [gate of all units | up]
     down: tuple[Weight, ...]  # for `linear_parts`
-    units: Span  # counted from the rank's first
-    width: int
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What is held of one layer, units in the rank's order. Units that own no FFN channels have no FFN."""
+    """What is held of one layer, units in the rank's order."""
 
     attention_norm: torch.Tensor  # fp32 [H]
     qkv: Columns  # [q of all units | k | v]
     attention_output: tuple[Weight, ...]  # for `linear_parts`
     ffn_norm: torch.Tensor
-    ffn: tuple[FeedForward, ...]
+    ffn: FeedForward | None  # None where no unit held here owns channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +72,8 @@ class Shard:
             seen |= {id(part): part.nbytes for part in (head.weight, head.table) if part is not None}
         for layer in self.layers:
             weights = [*layer.qkv.parts, *layer.attention_output]
-            for ffn in layer.ffn:
-                weights += [*ffn.gate_up.parts, *ffn.down]
+            if layer.ffn is not None:
+                weights += [*layer.ffn.gate_up.parts, *layer.ffn.down]
             seen |= {id(weight): weight.nbytes for weight in weights}
         return sum(seen.values())
 
@@ -134,39 +132,16 @@ def build_shard(
         whole = take(name("attn_output"))
         output = pack.inputs([select_cols(whole, span) for span in q_spans], "attention_output")
         ffn_norm = vector(name("ffn_norm"))
-        ffn: tuple[FeedForward, ...] = ()
-        if share.ffn[0] < share.ffn[1]:
-            spans = [within(u.ffn, share.ffn, 1) for u in mine]
+        ffn = None
+        if spans := [within(u.ffn, share.ffn, 1) for u in mine if u.ffn[0] < u.ffn[1]]:
             gate, up = take(name("ffn_gate")), take(name("ffn_up"))
-            down = [take(name("ffn_down")) if start < stop else None for start, stop in spans]
-            ffn = _feed_forward(gate, up, down, spans, pack)
+            gate_up = pack.columns([(gate, spans), (up, spans)], "gate_up")
+            ffn = FeedForward(gate_up, pack.inputs([take(name("ffn_down")) for _ in spans], "down"))
         held.append(Layer(attention_norm, qkv, output, ffn_norm, ffn))
     if next(loaded, None) is not None:
         raise ValueError("more slices arrived than were planned")
     return Shard(
         spec, units, run, stage, dtype, embedding, share.vocab, tuple(held), output_norm, heads, factors
-    )
-
-
-def _feed_forward(
-    gate: Loaded, up: Loaded, down: list[Loaded | None], spans: list[Span], pack: Packer
-) -> tuple[FeedForward, ...]:
-    """All units in one call where they are alike and the operator allows it, else a call a unit."""
-    widths = {stop - start for start, stop in spans}
-    owning = [(n, span, w) for n, (span, w) in enumerate(zip(spans, down, strict=True)) if w is not None]
-    if len(widths) == 1:
-        columns = pack.columns([(value, [span]) for span in spans for value in (gate, up)], "gate_up")
-        if len(columns.parts) == 1:
-            outputs = pack.inputs([w for _, _, w in owning], "down")
-            return (FeedForward(columns, outputs, (0, len(spans)), widths.pop()),)
-    return tuple(
-        FeedForward(
-            pack.columns([(gate, [span]), (up, [span])], "gate_up"),
-            pack.inputs([w], "down"),
-            (n, n + 1),
-            span[1] - span[0],
-        )
-        for n, span, w in owning
     )
 
 

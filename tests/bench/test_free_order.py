@@ -87,7 +87,7 @@ def test_attention_is_the_same_but_for_rounding(dtype, window, heads):
             used = blocks[: -(-(start + length) // block_size)]
             calls += how.chunk_calls(first, start, length, used, group=group, tile=16, **spec)
             first += length
-        out = torch.full((kv_heads, len(q), group * dim), torch.nan, dtype=dtype)
+        out = torch.full((len(q), kv_heads * group * dim), torch.nan, dtype=dtype)
         buffers = how.tile_buffers(calls, q.shape, dtype)
         return how.paged_attention(q, cache, calls, buffers, dim**-0.5, out)
 

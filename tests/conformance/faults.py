@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -42,14 +42,12 @@ class RankOrder(UnitSum):
 
     def __init__(self, empty, comm, leaf_dtype):
         super().__init__(empty, comm, leaf_dtype)
-        held = [unit for unit, nothing in enumerate(empty) if not nothing]
-        if comm.size == 1 and len(held) == len(empty):
-            self.order = tuple((held[0], unit) for unit in held[1:])
+        self.order = tuple((0, other) for other in range(1, len(empty) - sum(empty)))
 
-    def __call__(self, partials: dict[int, torch.Tensor], m: int, width: int) -> torch.Tensor:
+    def __call__(self, partials: Sequence[torch.Tensor], m: int, width: int) -> torch.Tensor:
         mine = torch.zeros(m, width)
-        for unit in sorted(partials):
-            mine = mine + partials[unit].float()
+        for partial in partials:
+            mine = mine + partial.float()
         payload = mine.contiguous().view(-1).view(torch.uint8)
         total = torch.zeros(m, width)
         for other in self.comm.all_gather(payload, [payload.numel()] * self.comm.size):

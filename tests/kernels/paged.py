@@ -97,7 +97,7 @@ class Paged:
         return part
 
     def attend(
-        self, runs: Sequence[Run], *, decode: bool = True, parts: int = 1, tiles: TileSizes | None = None
+        self, runs: Sequence[Run], *, decode: bool = True, tiles: TileSizes | None = None
     ) -> list[torch.Tensor]:
         """One step over `runs`: [length, KV heads, group, D] of each. Lone tokens share a decode call, as
         a runner would have it, unless `decode` is off. `tiles`: None for the cheapest of this machine."""
@@ -120,14 +120,11 @@ class Paged:
         if lone:
             calls.append(self._decode(lone, at, spec | {"tile": tiles.single}))
         q = torch.cat(rows)
-        width = shape.kv_heads // parts * shape.group * shape.dim
-        out = torch.full((parts, q.shape[0], width), float("nan"), dtype=shape.dtype)
+        out = torch.full((q.shape[0], q[0].numel()), float("nan"), dtype=shape.dtype)
         buffers = tile_buffers(calls, q.shape, shape.dtype)
         for _ in range(2):  # a step's layers share the buffers
             assert paged_attention(q, self.cache, calls, buffers, shape.scale, out) is out
-        whole = out.view(parts, q.shape[0], -1, shape.group, shape.dim).transpose(0, 1)
-        whole = whole.reshape(q.shape[0], shape.kv_heads, shape.group, shape.dim)
-        return list(whole.split([run.length for run in runs]))
+        return list(out.view(q.shape).split([run.length for run in runs]))
 
     def _decode(self, lone: list[tuple[int, Run]], all_rows: int, spec: dict) -> AttentionCall:
         """As a runner does it: a lone sequence in neighbouring blocks is read in place, and rows that are

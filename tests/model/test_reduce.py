@@ -32,7 +32,7 @@ def by_ranks(empty: list[bool], tp: int, m: int, width: int, dtype: torch.dtype)
             total = UnitSum(empty, comms[rank], dtype)
             start, stop = rank_units(len(empty), tp)[rank]
             for _ in range(2):  # the second call finds nothing left over from the first
-                mine = {u: given_[u].clone() for u in range(start, stop) if u in given_}
+                mine = [given_[u].clone() for u in range(start, stop) if u in given_]
                 results[rank] = total(mine, m, width).clone()
         except Exception as error:  # shown below
             results[rank] = error
@@ -84,7 +84,7 @@ def test_slices_are_exchanged(group, size, dtype):
 
 def check(empty: list[bool], tp: int, m: int, width: int, dtype: torch.dtype) -> None:
     given_ = partials(empty, m, width, dtype)
-    want = UnitSum(empty, Alone(), dtype)({u: p.clone() for u, p in given_.items()}, m, width)
+    want = UnitSum(empty, Alone(), dtype)([p.clone() for p in given_.values()], m, width)
     assert want.dtype == torch.float32 and want.shape == (m, width)
     exact = sum(p.double() for p in given_.values())
     size = sum(p.double().abs() for p in given_.values())
@@ -95,7 +95,7 @@ def check(empty: list[bool], tp: int, m: int, width: int, dtype: torch.dtype) ->
 
 def test_the_order_of_adding_is_the_trees():
     """What the string algebra shows for `fold` holds for the numbers too: (0+1)+2, not 0+(1+2)."""
-    given_ = {u: torch.tensor([[value]]) for u, value in enumerate((1.0, 2.0**-24, 2.0**-24))}
+    given_ = [torch.tensor([[value]]) for value in (1.0, 2.0**-24, 2.0**-24)]
     total = UnitSum([False] * 3, Alone(), torch.float32)(given_, 1, 1)
     assert total.item() == 1.0  # 0+(1+2) would be 1 + 2**-23
 
