@@ -108,14 +108,16 @@ def _runs() -> Sequence[Patch]:
 # ---- dense products: any number of rows, all of K ----------------------------------------------------
 
 
-def _free_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+def _free_linear(x: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
     if isinstance(weight, Bf16Weight):
         (chunk,) = weight.chunks
-        return kernels.linear._bf16_product(x.contiguous(), chunk, weight.blocked)
-    if isinstance(weight, Fp32Weight):
+        y = kernels.linear._bf16_product(x.contiguous(), chunk, weight.blocked)
+    elif isinstance(weight, Fp32Weight):
         (chunk,) = weight.chunks
-        return torch.nn.functional.linear(x, chunk)
-    return _ruled_linear(x, weight)
+        y = torch.nn.functional.linear(x, chunk)
+    else:
+        return _ruled_linear(x, weight, out)
+    return y if out is None else out.copy_(y)
 
 
 def _dense() -> Sequence[Patch]:
