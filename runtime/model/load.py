@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from runtime.model.shard import Shard, build_shard
 from runtime.model.stages import stage_layers
 from runtime.model.units import rank_units
 from runtime.types import EngineInfo
+from runtime.weights.fingerprint import fingerprint
 from runtime.weights.loader import LoadReport, load
 
 if TYPE_CHECKING:
@@ -88,13 +90,14 @@ def engine_info(
 
 
 def numerics(opened: OpenModel) -> str:
+    """The name of all that may change a bit of a reply: how things are computed, and with which weights."""
+    weights = fingerprint(opened.checkpoint, also=repr(replace(opened.spec, name="")))
+    units, quantize = len(opened.units), opened.quantize
     if opened.device == "cuda":
         from runtime.model.gpu.numerics import gpu_numerics_name
 
-        return gpu_numerics_name(units=len(opened.units), quantize=opened.quantize, kv_dtype=opened.kv_dtype)
-    return numerics_name(
-        dtype=DTYPES[opened.dtype],
-        dense=opened.dense,
-        units=len(opened.units),
-        quantize=opened.quantize,
-    )
+        name = gpu_numerics_name(units=units, quantize=quantize, kv_dtype=opened.kv_dtype)
+    else:
+        dtype = DTYPES[opened.dtype]
+        name = numerics_name(dtype=dtype, dense=opened.dense, units=units, quantize=quantize)
+    return f"{name}/w{weights}"

@@ -6,6 +6,7 @@ Reads headers only. Does not know what an architecture needs: `check_tensor` is 
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -59,6 +60,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise BadModelFile(path, "", "a lone safetensors file; give the folder that has its config.json")
     model = read_gguf(path)
     return Checkpoint("gguf", path, model.tensors, model.files, metadata=model.metadata)
+
+
+def open_to_read(file: str, stack: ExitStack) -> int:
+    """A descriptor, closed with the stack. Raises BadModelFile."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise BadModelFile(file, "", f"cannot be read: {error.strerror or error}") from None
+    stack.callback(os.close, descriptor)
+    return descriptor
 
 
 def _only_gguf(folder: str) -> str:

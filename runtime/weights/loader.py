@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from runtime.errors import BadModelFile
-from runtime.weights.checkpoint import Checkpoint, check_tensor
+from runtime.weights.checkpoint import Checkpoint, check_tensor, open_to_read
 from runtime.weights.formats import TensorType
 from runtime.weights.packed import PackedInfo
 from runtime.weights.plan import ByteRange, Read, Slice, SlicePlan, plan_reads, plan_slice
@@ -84,7 +84,7 @@ class Loader:
         reading: deque[tuple[SlicePlan, dict[str, np.ndarray], list[Future[int]]]] = deque()
         names = (read.range.file for plan in self._plans for read in plan.reads.values())
         with ExitStack() as stack:
-            files = {file: _open(file, stack) for file in dict.fromkeys(names)}
+            files = {file: open_to_read(file, stack) for file in dict.fromkeys(names)}
             pool = stack.enter_context(ThreadPoolExecutor(self._threads, "weights-read"))
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
             while waiting or reading:
@@ -129,15 +129,6 @@ def load(
     All slices are checked when this is called (ValueError); BadModelFile if a file has shrunk or fails while
     it is read. progress(bytes done, bytes in all) is called after each slice."""
     return Loader(checkpoint, slices, threads=threads, quantize=quantize, progress=progress)
-
-
-def _open(file: str, stack: ExitStack) -> int:
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise BadModelFile(file, "", f"cannot be read: {error.strerror or error}") from None
-    stack.callback(os.close, descriptor)
-    return descriptor
 
 
 def _pieces(whole: ByteRange) -> Iterator[tuple[int, ByteRange]]:
