@@ -16,9 +16,11 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections import deque
+from itertools import islice
 from operator import attrgetter
 
 from runtime.config import EngineConfig
+from runtime.engine.allotment import allotted, decodes, pays_to_wait
 from runtime.engine.blocks import BlockPool
 from runtime.engine.queue import SequenceQueue
 from runtime.engine.sequence import Sequence
@@ -133,7 +135,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next plan, or None if there is nothing to do before a result comes back."""
-        if len(self.in_flight) >= self.steps_in_flight:
+        if len(self.in_flight) >= self.steps_in_flight or self._waits():
             return None
         step = self.step + 1
         chunks: list[Chunk] = []
@@ -160,8 +162,11 @@ class Scheduler:
         running = self.running
         staged = self.config.microbatches > 1
         most = -(-len(running) // self.config.microbatches)
-        # Rows for guesses, once every sequence has its one.
-        spare = min(self.budget, GUESSING_ROWS) - len(running)
+        spare = self._spare_rows()
+        counts: dict[int, int] = {}
+        if spare > 0 and (staged or not self.in_flight):
+            certain = (s for s in running if s.known == s.total and decodes(s))
+            counts = allotted(list(islice(certain, most)), spare)
         rows = 0
         # A preemption pops from the end of `running`, never what this loop has passed.
         for sequence in running:
@@ -170,11 +175,11 @@ class Scheduler:
             if total - start != 1 or total == sequence.limit:
                 continue
             guesser = sequence.guesser
-            eager = spare > 0 and guesser is not None and guesser.eager
+            steady = spare > 0 and guesser is not None and guesser.steady
             # Whoever guesses must know its last token. With stages, a plan that goes on from a token in
             # flight would wait for it at the first stage, with all others behind it. Once it has guessed,
             # nobody knows where it stands before its tokens are back.
-            if sequence.known != total and (eager or staged or sequence.guessing):
+            if sequence.known != total and (steady or staged or sequence.guessing):
                 continue
             if len(chunks) == most:
                 break
@@ -184,20 +189,11 @@ class Scheduler:
                     continue
                 new_blocks = self._grow(sequence, 1)
             drafts, guesses = (), 0
-            if eager:
-                # The token at `limit - 1` is sampled, never run.
-                drafts, guesses = guesser.propose(min(spare, sequence.limit - total - 1))
-                ahead = len(drafts) + guesses
-                if short := max(0, -(-(start + 1 + ahead - sequence.capacity) // self.config.block_size)):
-                    if short <= self.pool.empty.count:
-                        new_blocks += self._grow(sequence, short)
-                    else:
-                        ahead = sequence.capacity - start - 1
-                        drafts, guesses = drafts[:ahead], min(guesses, ahead)
-                ahead = len(drafts) + guesses
-                sequence.guessing = ahead > 0
-                spare -= ahead
-                rows += ahead
+            if wanted := steady or counts.get(sequence.slot, 0):
+                drafts, guesses, more = self._guess(sequence, min(wanted, spare))
+                new_blocks += more
+                spare -= len(drafts) + guesses
+                rows += len(drafts) + guesses
             chunks.append(Chunk(sequence.slot, start, 1, new_blocks, True, False, drafts, guesses))
             samplers.append(sequence)
             sequence.computed = total
@@ -206,6 +202,31 @@ class Scheduler:
             if sequence.next_named <= sequence.known or sequence.followers:
                 filled.append(sequence)
         return self.budget - len(chunks) - rows
+
+    def _spare_rows(self) -> int:
+        """Rows for guesses, once every running sequence has its one."""
+        return min(self.budget, GUESSING_ROWS) - len(self.running) if self.config.draft_tokens else 0
+
+    def _waits(self) -> bool:
+        """Whether the next plan is better made once the result in flight is back. With stages, a sequence
+        is in one of several plans, and waits for that alone."""
+        spare = self._spare_rows() if self.in_flight and self.config.microbatches == 1 else 0
+        return spare > 0 and pays_to_wait(self.running, spare)
+
+    def _guess(self, sequence: Sequence, most: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+        """Up to `most` guesses at what follows a sequence's last token: tokens to try, how many to ask of the
+        draft model, and blocks for them, of those that are empty."""
+        # The token at `limit - 1` is sampled, never run.
+        drafts, guesses = sequence.guesser.propose(min(most, sequence.limit - sequence.total - 1))
+        room = sequence.capacity - sequence.total
+        new_blocks = ()
+        if short := max(0, -(-(len(drafts) + guesses - room) // self.config.block_size)):
+            if short <= self.pool.empty.count:
+                new_blocks = self._grow(sequence, short)
+            else:
+                drafts, guesses = drafts[:room], min(guesses, room)
+        sequence.guessing = bool(drafts or guesses)
+        return drafts, guesses, new_blocks
 
     def _grow(self, sequence: Sequence, blocks: int) -> tuple[int, ...]:
         """Gives a running sequence so many more blocks, which are there."""

@@ -1,31 +1,34 @@
-"""Guesses at what a reply goes on with, and when they are worth their rows. Guesses never change a reply: the
+"""Guesses at what a reply goes on with, and how likely they are right. Guesses never change a reply: the
 ranks keep those that are what they would have sampled.
 
 Two sources. `Lookup` finds the last tokens earlier in the text and guesses that what followed then follows
-again: it costs nothing, and is watched on every token whether or not a guess is tried, so that trying begins
-only where it has just been right. `Pace` says how many guesses to ask of a draft model, from how many were
-right lately and what they cost. Pure functions of the tokens and counts they are given.
+again: it costs nothing, and is watched on every token whether or not a guess is tried, so that how often it
+is right is known before anything is. `Pace` says how many guesses to ask of a draft model, from how many were
+right lately and what they cost. Functions of the tokens and counts they are given; whose guesses are worth
+their rows is settled among all sequences of a step (allotment.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from runtime.engine.allotment import LEAST_GAIN, ROW_COST
+
 GRAM = 3  # tokens that must agree for the text after them to be a guess
 AT_ONCE = 512  # tokens of a prompt that are indexed with each token of the reply
 FEWEST_RIGHT = 2  # tokens in a row that must have been foreseen before guesses are tried
-MOST_RIGHT = 16  # the same once tries have failed again and again
+TOKEN_DECAY = 0.95  # weight of what was foreseen, or not, one token ago
 
-ROW_COST = 0.05  # what one more row costs a step, in steps
-DECAY = 0.8  # weight of what was seen one try ago
-LEAST_GAIN = 1.05  # tokens for the cost of one, below which the draft model is left alone
+TRY_DECAY = 0.8  # weight of what a draft model's guesses were one try ago
 FIRST_REST, LONGEST_REST = 16, 512  # tokens until it is tried again
+
+FIRST_RIGHT, FIRST_WRONG = 2.0, 1.0  # what is taken to have been seen before anything was
 
 
 class Lookup:
     """A text that grows, and where in it the last few tokens stood before. O(1) a token."""
 
-    __slots__ = ("_at", "_gram", "_index", "_indexed", "_needed", "_text", "foreseen")
+    __slots__ = ("_at", "_gram", "_index", "_indexed", "_right", "_text", "_wrong", "foreseen")
 
     def __init__(self, text: Sequence[int]):
         self._text = list(text)
@@ -33,13 +36,17 @@ class Lookup:
         self._index: dict[tuple[int, ...], int] = {}  # GRAM tokens -> the position after their last place
         self._indexed = GRAM  # grams that end before this position are in the index
         self._at: int | None = None  # where the next token is guessed to stand already
-        self._needed = FEWEST_RIGHT
+        self._right, self._wrong = FIRST_RIGHT, FIRST_WRONG
         self.foreseen = 0  # how many tokens in a row stood where they were guessed to
 
-    def push(self, token: int) -> bool:
-        """The text goes on with `token`; whether guesses at what follows are worth trying."""
+    def push(self, token: int) -> None:
+        """The text goes on with `token`."""
         text, at, gram = self._text, self._at, self._gram
-        if at is not None and text[at] == token:
+        right = at is not None and text[at] == token
+        if self.foreseen >= FEWEST_RIGHT:
+            self._right = TOKEN_DECAY * self._right + right
+            self._wrong = TOKEN_DECAY * self._wrong + (not right)
+        if right:
             self.foreseen += 1
             self._at = at + 1
         else:
@@ -59,30 +66,23 @@ class Lookup:
         self._gram = gram = (*gram[-2:], token)
         if self._at is None and self._indexed > end:
             self._at = self._index.get(gram)
-        return self.foreseen >= self._needed
 
     @property
-    def ready(self) -> bool:
-        """Whether guesses are worth trying."""
-        return self.foreseen >= self._needed
+    def chance(self) -> float:
+        """That the next token is foreseen, from how often it was lately where so many before it were; 0 where
+        too few were."""
+        return self._right / (self._right + self._wrong) if self.foreseen >= FEWEST_RIGHT else 0.0
 
     def guess(self, most: int) -> tuple[int, ...]:
-        """Up to `most` tokens, more the longer the text has gone as foreseen. A text that repeats itself is
-        guessed to do so for ever."""
+        """`most` tokens, or none where nothing is foreseen. A text that repeats itself is guessed to do so
+        for ever."""
         if self._at is None:
             return ()
-        found = self._text[self._at : self._at + min(most, 2 * self.foreseen)]
+        found = self._text[self._at : self._at + most]
         period = len(self._text) - self._at
-        while len(found) < min(most, 2 * self.foreseen):
+        while len(found) < most:
             found.append(found[-period])
         return tuple(found)
-
-    def settle(self, tried: int, right: int) -> None:
-        """Of `tried` guesses `right` were, from the first on: failures make it wait for a longer run."""
-        if right == 0:
-            self._needed = min(2 * self._needed, MOST_RIGHT)
-        elif right == tried:
-            self._needed = max(self._needed // 2, FEWEST_RIGHT)
 
 
 class Pace:
@@ -99,7 +99,7 @@ class Pace:
         """cost: of one guess, in steps of the model itself."""
         self.most = most
         self.cost = cost
-        self._right, self._wrong = 2.0, 1.0
+        self._right, self._wrong = FIRST_RIGHT, FIRST_WRONG
         self._rest = FIRST_REST
         self._resting = 0  # tokens until the next try, where it did not pay
         self._best = self._find()
@@ -110,13 +110,18 @@ class Pace:
             self._resting -= 1
 
     @property
+    def chance(self) -> float:
+        """That a guess is right where those before it were."""
+        return self._right / (self._right + self._wrong)
+
+    @property
     def length(self) -> int:
         return 0 if self._resting else self._best
 
     def settle(self, tried: int, right: int) -> None:
         """Of `tried` guesses `right` were, from the first on."""
-        self._right = DECAY * self._right + right
-        self._wrong = DECAY * self._wrong + (right < tried)
+        self._right = TRY_DECAY * self._right + right
+        self._wrong = TRY_DECAY * self._wrong + (right < tried)
         self._best = self._find()
         if self._best:
             self._rest = FIRST_REST
@@ -125,7 +130,7 @@ class Pace:
             self._best = 1
 
     def _find(self) -> int:
-        chance = self._right / (self._right + self._wrong)
+        chance = self.chance
         best, gain, tokens = 0, LEAST_GAIN, 1.0
         for count in range(1, self.most + 1):
             tokens += chance**count
@@ -135,10 +140,12 @@ class Pace:
 
 
 class Guesser:
-    """The guesses of one sequence, whatever they come from. `eager`: it wants to guess, so its next step
-    waits until its last token is known."""
+    """The guesses of one sequence, whatever they come from.
 
-    __slots__ = ("_lookup", "_pace", "accepted", "drafted", "eager", "most")
+    `steady`: how many guesses of the draft model it tries in its next step, whatever the other sequences
+    do; 0 where they do not pay, or where the text foresees the next token more likely than the model does."""
+
+    __slots__ = ("_lookup", "_pace", "accepted", "drafted", "most", "steady")
 
     def __init__(self, text: Sequence[int], most: int, draft_cost: float | None):
         """text: prompt and reply so far; most: guesses a step. draft_cost: None without a draft model."""
@@ -147,29 +154,33 @@ class Guesser:
         self._pace = Pace(most, draft_cost) if draft_cost is not None else None
         self.drafted = 0
         self.accepted = 0
-        self.eager = self._pace is not None and self._pace.length > 0
+        self.steady = self._pace.length if self._pace is not None else 0
 
     def push(self, token: int) -> None:
         """A token of the reply has become known."""
-        self.eager = self._lookup.push(token)
-        if self._pace is not None:
-            self._pace.push()
-            self.eager = self.eager or self._pace.length > 0
+        self._lookup.push(token)
+        if (pace := self._pace) is not None:
+            pace.push()
+            self.steady = pace.length if pace.chance >= self._lookup.chance else 0
+
+    @property
+    def chance(self) -> float:
+        """That a guess at the next token is right, and one at each token after it if those before were; 0
+        where there is none whose rows are to be weighed."""
+        return 0.0 if self.steady else self._lookup.chance
 
     def propose(self, most: int) -> tuple[tuple[int, ...], int]:
-        """Tokens to try next, or how many to ask of the draft model."""
+        """Tokens to try next, or how many to ask of the draft model: up to `most`."""
         most = min(most, self.most)
         if most < 1:
             return (), 0
-        if self._lookup.ready and (found := self._lookup.guess(most)):
-            return found, 0
-        return (), min(most, self._pace.length) if self._pace is not None else 0
+        if self.steady:
+            return (), min(most, self.steady)
+        return self._lookup.guess(most), 0
 
     def settle(self, drafts: int, guesses: int, right: int) -> None:
         """A step with these guesses came back, the first `right` of them being so. Called before the tokens
         are pushed."""
         self.drafted += drafts + guesses
-        if drafts:
-            self._lookup.settle(drafts, right)
-        elif guesses:
+        if guesses:
             self._pace.settle(guesses, right)

@@ -226,7 +226,7 @@ class Knowing(Guesser):
     def __init__(self, sequence: Sequence, reply: tuple[int, ...], most: int):
         super().__init__((), most, None)
         self._sequence, self._reply = sequence, reply
-        self.eager = True
+        self.steady = most
 
     def push(self, token: int) -> None: ...
 

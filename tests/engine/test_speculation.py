@@ -1,4 +1,4 @@
-"""Guesses from the text itself and from a draft model: what they are, when they are tried, and when not."""
+"""Guesses from the text itself and from a draft model: what they are, and how likely they seem right."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from runtime.config import EngineConfig
 from runtime.engine.speculation import (
     FEWEST_RIGHT,
     FIRST_REST,
+    FIRST_RIGHT,
+    FIRST_WRONG,
     GRAM,
     LONGEST_REST,
-    MOST_RIGHT,
+    TOKEN_DECAY,
     Guesser,
     Lookup,
     Pace,
@@ -33,15 +35,18 @@ def place_of(text: list[int]) -> int | None:
 def test_a_lookup_follows_the_text(prompt, reply):
     """Against a plain search: it stays on a place as long as that foresees the text, then takes the last."""
     lookup, text, at, foreseen = Lookup(prompt), list(prompt), None, 0
+    rights, wrongs = FIRST_RIGHT, FIRST_WRONG
     for token in reply:
         right = at is not None and text[at] == token
+        if foreseen >= FEWEST_RIGHT:
+            rights, wrongs = TOKEN_DECAY * rights + right, TOKEN_DECAY * wrongs + (not right)
         text.append(token)
         at, foreseen = (at + 1, foreseen + 1) if right else (place_of(text), 0)
         lookup.push(token)
         assert lookup.foreseen == foreseen
-        assert lookup.ready == (foreseen >= FEWEST_RIGHT)
+        assert lookup.chance == (rights / (rights + wrongs) if foreseen >= FEWEST_RIGHT else 0.0)
         guess = lookup.guess(5)
-        assert len(guess) == (0 if at is None else min(5, 2 * foreseen))
+        assert len(guess) == (0 if at is None else 5)
         longer = list(text)
         for offset, token in enumerate(guess):
             assert token == longer[at + offset]
@@ -58,20 +63,19 @@ def test_a_long_prompt_is_indexed_little_by_little():
     assert lookup.guess(3) == (40, 41, 42)
 
 
-def test_failures_ask_for_a_longer_run():
-    lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8])
-    for token in (1, 2, 3, 4, 5):
+def test_what_was_foreseen_is_watched_without_a_guess_being_tried():
+    lookup = Lookup([1, 2, 3, 4] * 3)
+    chances = []
+    for token in [1, 2, 3, 4] * 10:
         lookup.push(token)
-    assert lookup.ready
-    needed = []
-    for _ in range(6):
-        lookup.settle(2, 0)
-        needed.append(lookup._needed)
-    assert needed[0] == 2 * FEWEST_RIGHT and needed[-1] == MOST_RIGHT
-    assert not lookup.ready
-    for _ in range(6):
-        lookup.settle(2, 2)
-    assert lookup.ready
+        chances.append(lookup.chance)
+    assert chances[0] == 0.0 and 0.9 < chances[-1] < 1.0
+    for number in range(40):  # twice as it was, then otherwise
+        for token in (1, 2, 3, 4, 1, 50 + number):
+            lookup.push(token)
+            if lookup.chance:
+                last = lookup.chance
+    assert last < 0.75
 
 
 def test_a_pace_keeps_to_what_pays():
@@ -109,6 +113,17 @@ def test_never_more_than_asked(most, room):
     drafts, guesses = guesser.propose(room)
     assert len(drafts) + guesses <= min(most, room)
     assert not (drafts and guesses)
+
+
+def test_the_likelier_source_guesses():
+    guesser = Guesser([1, 2, 3, 4] * 5, 4, 0.0)
+    assert guesser.steady and not guesser.chance and guesser.propose(3) == ((), 3)
+    for _ in range(3):
+        guesser.settle(0, guesser.steady, 0)
+        guesser.push(9)
+    for token in [1, 2, 3, 4] * 3:
+        guesser.push(token)
+    assert not guesser.steady and guesser.chance > 0.5 and guesser.propose(3) == ((1, 2, 3), 0)
 
 
 def test_a_repeating_reply_takes_fewer_steps():
