@@ -3,8 +3,9 @@
 The rule (docs/numerics.md) pads, cuts and orders so that a reply's bits hang on nothing but the request.
 Each item here replaces one such thing by what an engine would do that makes no such promise, with the same
 operators; `switched_off` does so for a while and puts everything back. What is the same either way is left
-alone: the int4 product on AMX takes any number of rows, sums groups of K in the one order that scales need,
-and shares columns, not sums, among threads; normalising, rotating and gating handle rows apart.
+alone: products of codes on AMX take any number of rows, sum groups of K in the one order that scales need,
+and share columns, not sums, among threads; attention there reads what each row sees, nothing padded;
+normalising, rotating and gating handle rows apart.
 
 Some items change how weights are packed, so that an engine has to be built, and run, under the same items.
 """
@@ -190,8 +191,8 @@ def _coarse_head() -> Sequence[Patch]:
 
 ITEMS = {
     "units": Item("K of attention output and down is cut by unit, partial sums folded in a tree", _units),
-    "single tokens": Item("their KV is padded to 64 (fp32: 512) positions and masked", _single_tokens),
-    "runs": Item("a prompt's attention goes in masked tiles of at most 32 rows", _runs),
+    "single tokens": Item("torch: their KV is padded to 64 (fp32: 512) positions, masked", _single_tokens),
+    "runs": Item("torch: a prompt's attention goes in masked tiles of at most 32 rows", _runs),
     "dense": Item("dense products take 16 rows, padded, and K in chunks", _dense),
     "activation": Item("fp32 SiLU in pieces without a tail, on one thread", _activation),
     "noise": Item("noise is keyed by position and token, not drawn in turn", _noise),

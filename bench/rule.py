@@ -34,6 +34,7 @@ from bench.free_order import ITEMS, RULE, switched_off
 from bench.local import Clock, Trace, ask, local_engine
 from bench.report import about, show
 from bench.turns import Turns
+from kernels.attention import native_takes
 from kernels.linear import Bf16Weight, Fp32Weight
 from runtime.local import LocalEngine
 from runtime.types import Request, SampledToken, SamplingParams, TokenOutput, TokenScore
@@ -238,6 +239,8 @@ def _meets(engine: LocalEngine, item: str) -> bool:
     shard = engine.loop._ranks._runners[0].forward.shard
     if item == "units":
         return len(shard.units) > 1
+    if item in ("single tokens", "runs"):
+        return not native_takes(engine.model.spec.head_dim, shard.dtype)
     if item == "activation":
         return engine.model.dtype == "fp32"
     if item == "head":

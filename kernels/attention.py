@@ -1,5 +1,8 @@
 """Attention over a paged KV cache, grouped-query heads packed into tiles of query rows.
 
+On AMX, bf16 heads of a multiple of 32 channels go to `kernels.native.attention`: `Tiles` stand for the calls
+then. The rest of this module is torch's operator, which serves everything else.
+
 What a row's bits are is defined by one call: 16 query rows of one KV head, KV padded to a multiple of 64
 (bf16) or of 512 (fp32), an additive mask. Called so, torch's CPU kernel gives a row the same bits whatever
 else stands in the tile, the batch or the padding (docs/numerics.md); called with any number of queries it
@@ -15,6 +18,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from kernels.native import attention as native
+from kernels.native import machine
+from kernels.native.attention import Tiles, lay_out
+
+__all__ = [
+    "KV_PAD",
+    "TILE",
+    "WIDE",
+    "AttentionCall",
+    "TileSizes",
+    "Tiles",
+    "block_run",
+    "chunk_calls",
+    "decode_call",
+    "lay_out",
+    "native_takes",
+    "padded_blocks",
+    "paged_attention",
+    "tile_buffers",
+    "tile_sizes",
+]
 
 TILE = 16  # rows of the call that defines the bits
 WIDE = 32  # the most rows of a tile where their number is free
@@ -42,6 +67,11 @@ class TileSizes:
 
     single: int
     run: int
+
+
+def native_takes(dim: int, dtype: torch.dtype) -> bool:
+    """Whether `lay_out` makes what `paged_attention` takes, for heads of `dim` channels."""
+    return native.takes(dim, dtype) and machine.supported()
 
 
 def tile_sizes(group: int, dim: int, dtype: torch.dtype) -> TileSizes:
@@ -155,10 +185,12 @@ def chunk_calls(
 
 
 def tile_buffers(
-    calls: Sequence[AttentionCall], q_shape: Sequence[int], dtype: torch.dtype
+    calls: Sequence[AttentionCall] | Tiles, q_shape: Sequence[int], dtype: torch.dtype
 ) -> list[torch.Tensor | None]:
     """A zeroed tile buffer a call, for q of shape [M, KV heads, group, D]; good for all layers of a step.
     None for a call whose tiles are q as it lies."""
+    if isinstance(calls, Tiles):
+        return []
     _, kv_heads, group, dim = q_shape
     split = _head_split(group)
     return [
@@ -172,7 +204,7 @@ def tile_buffers(
 def paged_attention(
     q: torch.Tensor,
     cache: torch.Tensor,
-    calls: Sequence[AttentionCall],
+    calls: Sequence[AttentionCall] | Tiles,
     buffers: Sequence[torch.Tensor | None],
     scale: float,
     out: torch.Tensor,
@@ -186,6 +218,9 @@ def paged_attention(
     kv_heads, group, dim = q.shape[1:]
     if cache.shape[2:] != (2, kv_heads, dim) or cache.dtype != q.dtype:
         raise ValueError(f"attention: q {q.dtype} {tuple(q.shape)} does not fit cache {tuple(cache.shape)}")
+    if isinstance(calls, Tiles):
+        native.attend(q, cache, calls, scale, out)
+        return out
     split = _head_split(group)
     lanes, packed = kv_heads * split, group // split
     for call, tile in zip(calls, buffers, strict=True):

@@ -19,7 +19,15 @@ import torch
 
 from kernels.native.ir import FLOATS, WORDS, Function, Value, constant, module
 from kernels.native.machine import Code, compile_and_place
-from kernels.native.tiles import configuration, load_tile, multiply, store_tile, threads_share, zero_tile
+from kernels.native.tiles import (
+    configuration,
+    load_tile,
+    multiply,
+    store_tile,
+    threads_share,
+    transposed,
+    zero_tile,
+)
 
 ROWS = 16  # of the table, and of x, in one tile
 LONGEST = 16384  # of K: a thread keeps 16 rows of the table on its stack
@@ -161,27 +169,10 @@ def _dot(offset: bool, span: int) -> Function:
     totals = f.loop(f["groups"], group, [(FLOATS, "zeroinitializer")] * ROWS)
     missing = f.splat(1 / (_CODES_BY * _X_BY))
     totals = [f.floats("fmul", total, missing) for total in totals]
-    for row, turned in enumerate(_transposed(f, totals)):
+    for row, turned in enumerate(transposed(f, totals)):
         (spread + 64 * row).store(turned, 64)
     f.loop(f["rows"], lambda i, _: (f["out"] + i * f["out_row"]).store((spread + i * 64).load(FLOATS, 64), 4))
     return f
-
-
-def _transposed(f: Function, rows: list[Value]) -> list[Value]:
-    """16 rows of 16: at each step, blocks of `size` swap across the diagonal."""
-    rows = list(rows)
-    for size in (1, 2, 4, 8):
-        for i in range(16):
-            if i & size:
-                continue
-            a, b = rows[i], rows[i + size]
-            for at, lanes in (
-                (i, [n if not n & size else 16 + n - size for n in range(16)]),
-                (i + size, [n + size if not n & size else 16 + n for n in range(16)]),
-            ):
-                order = constant("i32", lanes)
-                rows[at] = f.emit(FLOATS, f"shufflevector {FLOATS} {a}, {FLOATS} {b}, <16 x i32> {order}")
-    return rows
 
 
 def _main(widen: Function, dot: Function, span: int) -> Function:

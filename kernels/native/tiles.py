@@ -1,4 +1,4 @@
-"""AMX as IR: tile registers and their configuration; and how threads share work.
+"""AMX as IR: tile registers and their configuration; turning 16 by 16 numbers; how threads share work.
 
 Instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from kernels.native.ir import Function, Value
+from kernels.native.ir import FLOATS, Function, Value, constant
 
 
 def configuration(registers: Mapping[int, tuple[int, int]], *tables: torch.Tensor) -> torch.Tensor:
@@ -54,3 +54,20 @@ def threads_share(f: Function, arguments: Mapping[str, Value], items: Value) -> 
     )
     first = items * number // count
     return first, items * (number + 1) // count - first
+
+
+def transposed(f: Function, rows: list[Value]) -> list[Value]:
+    """16 rows of 16: at each step, blocks of `size` swap across the diagonal."""
+    rows = list(rows)
+    for size in (1, 2, 4, 8):
+        for i in range(16):
+            if i & size:
+                continue
+            a, b = rows[i], rows[i + size]
+            for at, lanes in (
+                (i, [n if not n & size else 16 + n - size for n in range(16)]),
+                (i + size, [n + size if not n & size else 16 + n for n in range(16)]),
+            ):
+                order = constant("i32", lanes)
+                rows[at] = f.emit(FLOATS, f"shufflevector {FLOATS} {a}, {FLOATS} {b}, <16 x i32> {order}")
+    return rows

@@ -1,6 +1,7 @@
 """Flattens runs of tokens of several sequences to the rows of one forward pass.
 
-Single tokens share attention calls, grouped by the length of their KV; longer runs have calls of their own.
+Where torch's attention serves, single tokens share calls, grouped by the length of their KV; longer runs have
+calls of their own.
 Knows block tables and positions; nothing of plans, sampling or what the tokens are for.
 """
 
@@ -8,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 
 from kernels.attention import (
     AttentionCall,
+    Tiles,
     block_run,
     chunk_calls,
     decode_call,
+    lay_out,
+    native_takes,
     padded_blocks,
     tile_sizes,
 )
@@ -45,8 +50,11 @@ class BatchMaker:
         self._cache_blocks = cache_blocks
         self._dtype = dtype
         self._group = spec.heads // spec.kv_heads
-        self._tiles = tile_sizes(self._group, spec.head_dim, dtype)
-        self._shape = {"block_size": block_size, "window": spec.sliding_window, "dtype": dtype}
+        self._window = spec.sliding_window
+        self._native = native_takes(spec.head_dim, dtype)
+        if not self._native:
+            self._tiles = tile_sizes(self._group, spec.head_dim, dtype)
+            self._shape = {"block_size": block_size, "window": spec.sliding_window, "dtype": dtype}
 
     def make(self, runs: Sequence[Run]) -> Batch:
         """Rows in the order of `runs`; wanted are the rows of samples in that order, then the scored ones."""
@@ -55,8 +63,6 @@ class BatchMaker:
         blocks: list[int] = []
         sampled: list[int] = []
         scored: list[int] = []
-        calls: list[AttentionCall] = []
-        lone: list[_Lone] = []
         size = self._block_size
         for run in runs:
             first, stop = len(tokens), run.start + len(run.tokens)
@@ -66,24 +72,33 @@ class BatchMaker:
             sampled += range(len(tokens) - run.samples, len(tokens))
             if run.scores:
                 scored += range(first, len(tokens))
-            if len(run.tokens) == 1:
-                lone.append((first, run.start, run.blocks))
-            else:
-                table = torch.tensor(run.blocks[: -(-stop // size)])
-                calls += chunk_calls(
-                    first,
-                    run.start,
-                    len(run.tokens),
-                    table,
-                    group=self._group,
-                    tile=self._tiles.run,
-                    **self._shape,
-                )
-        calls += self._decode_calls(lone, len(tokens))
         at = torch.tensor(positions)
         cache_rows = torch.tensor(blocks) * size + at % size
         wanted = torch.tensor(sampled + scored, dtype=torch.int64)
-        return Batch(torch.tensor(tokens), at, cache_rows, calls, wanted)
+        return Batch(torch.tensor(tokens), at, cache_rows, self._calls(runs), wanted)
+
+    def _calls(self, runs: Sequence[Run]) -> list[AttentionCall] | Tiles:
+        firsts = accumulate((len(run.tokens) for run in runs), initial=0)
+        if self._native:
+            laid = [(first, r.start, len(r.tokens), r.blocks) for first, r in zip(firsts, runs, strict=False)]
+            return lay_out(laid, block_size=self._block_size, group=self._group, window=self._window)
+        calls: list[AttentionCall] = []
+        lone: list[_Lone] = []
+        for first, run in zip(firsts, runs, strict=False):
+            if len(run.tokens) == 1:
+                lone.append((first, run.start, run.blocks))
+                continue
+            table = torch.tensor(run.blocks[: -(-(run.start + len(run.tokens)) // self._block_size)])
+            calls += chunk_calls(
+                first,
+                run.start,
+                len(run.tokens),
+                table,
+                group=self._group,
+                tile=self._tiles.run,
+                **self._shape,
+            )
+        return calls + self._decode_calls(lone, sum(len(run.tokens) for run in runs))
 
     def _decode_calls(self, lone: list[_Lone], all_rows: int) -> list[AttentionCall]:
         """Group single tokens of similar KV length, so that padding at most doubles the work."""

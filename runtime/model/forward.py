@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kernels.activation import gate
-from kernels.attention import AttentionCall, paged_attention, tile_buffers
+from kernels.attention import AttentionCall, Tiles, paged_attention, tile_buffers
 from kernels.embedding import rows
 from kernels.head import head_logits
 from kernels.linear import TILE, Bf16Weight, Fp32Weight, linear, linear_parts
@@ -36,7 +36,7 @@ class Batch:
     tokens: torch.Tensor  # int64 [M]
     positions: torch.Tensor  # int64 [M]
     cache_rows: torch.Tensor  # int64 [M]: where each row's K and V go, block * block_size + offset
-    calls: Sequence[AttentionCall]
+    calls: Sequence[AttentionCall] | Tiles
     sampled: torch.Tensor  # int64 [S]: rows whose logits are wanted
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from kernels.attention import chunk_calls
 from runtime.config import ModelConfig
+from runtime.model.batch import BatchMaker, Run
 from runtime.model.communicator import Alone, Communicator, Threads
-from runtime.model.forward import Batch, Forward
+from runtime.model.forward import Forward
 from runtime.model.header import OpenModel, open_model
 from runtime.model.load import DTYPES, load_shard
 
@@ -35,24 +35,10 @@ def forward_of(model: OpenModel, positions: int, comm: Communicator | None = Non
 @torch.inference_mode()
 def run(forward: Forward, tokens: Sequence[int], chunks: Sequence[int] | None = None) -> torch.Tensor | None:
     """Logits [n, V] at rank 0, the tokens run in chunks of the given lengths (all at once without)."""
-    spec, at, parts = forward.shard.spec, 0, []
-    blocks = torch.arange(forward.cache.shape[1])
+    at, parts, blocks = 0, [], list(range(forward.cache.shape[1]))
+    batches = BatchMaker(forward.shard.spec, forward.shard.dtype, BLOCK, len(blocks))
     for length in chunks or [len(tokens)]:
-        positions = torch.arange(at, at + length)
-        calls = chunk_calls(
-            0,
-            at,
-            length,
-            blocks[: -(-(at + length) // BLOCK)],
-            group=spec.heads // spec.kv_heads,
-            tile=16,
-            block_size=BLOCK,
-            window=spec.sliding_window,
-            dtype=forward.shard.dtype,
-        )
-        batch = Batch(
-            torch.tensor(tokens[at : at + length]), positions, positions, calls, torch.arange(length)
-        )
+        batch = batches.make([Run(list(tokens[at : at + length]), at, blocks, length)])
         parts.append(forward.logits(forward.hidden(batch)))
         at += length
     return torch.cat(parts) if forward.comm.rank == 0 else None
