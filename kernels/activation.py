@@ -30,9 +30,18 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.T
 
 
 def gate(both: torch.Tensor, out: torch.Tensor) -> None:
-    """`silu_mul` of the halves of `both` [M, 2 * C], the gate before the up -> out [M, C]."""
+    """`silu_mul` of the halves of `both` [M, 2 * C], the gate before the up -> out [M, C].
+
+    Which operation serves must not hang on C, a rank's share: they differ in subnormals."""
     width = out.shape[1]
-    if out.dtype == torch.bfloat16 and width % rows.LANES == 0 and machine.supported():
+    if out.dtype != torch.bfloat16 or not machine.supported():
+        silu_mul(both[:, :width], both[:, width:], out=out)
+        return
+    over = -width % rows.LANES
+    if not over:
         rows.gate(both, out)
         return
-    silu_mul(both[:, :width], both[:, width:], out=out)
+    padded = torch.nn.functional.pad(both.view(-1, 2, width), (0, over)).view(both.shape[0], -1)
+    wide = out.new_empty(out.shape[0], width + over)
+    rows.gate(padded, wide)
+    out.copy_(wide[:, :width])

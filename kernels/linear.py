@@ -209,8 +209,13 @@ def _by_codes(x: torch.Tensor, weight: Codes, out: torch.Tensor) -> None:
     """x [M, K] by the weights of all parts -> out [parts, M, N]."""
     if x.ndim != 2 or x.shape[1] != weight.in_features or x.dtype is not torch.bfloat16 or not x.is_cpu:
         raise _misfit(x, weight, weight.in_features)
-    if out.shape[0] != len(weight.widths):
-        raise ValueError(f"linear: {len(weight.widths)} products, of which {out.shape[0]} are asked for")
+    if out.shape != (len(weight.widths), x.shape[0], weight.out_features) or out.dtype is not x.dtype:
+        raise ValueError(
+            f"linear: {len(weight.widths)} products of {x.shape[0]} rows and {weight.out_features} columns "
+            f"do not fit {tuple(out.shape)} {out.dtype}"
+        )
+    if out.stride(2) != 1:
+        raise ValueError("linear: neighbouring columns of the result must be neighbours in memory")
     native.product(x if x.stride(1) == 1 else x.contiguous(), weight, out)
 
 

@@ -30,6 +30,7 @@ COLUMNS = 16  # of y, in one tile
 ROWS = 16  # of x, in one tile
 LONGEST = 16384  # of a part's K: with a slab's rows, what a thread keeps on its stack stays below a megabyte
 _SLAB = 128  # rows of one call
+_SUMS = 4096  # groups of a part in all tiles of rows of one call, where their sums are kept
 _HEIGHTS = (1, 2, 4, 8, 16)  # rows whose sums stay in registers
 _SUM, _X, _W, _ONES = 0, 1, 2, 3  # tile registers
 _PART = 24  # bytes of a part's entry in the table: see `Parts`
@@ -136,8 +137,9 @@ def product(x: torch.Tensor, weight: Parts, out: torch.Tensor) -> None:
     layout, m = weight.layout, x.shape[0]
     x_row, out_row = 2 * x.stride(0), 2 * out.stride(1)
     code = _code(layout.bits, layout.span, layout.zeros)
-    for at in range(0, m, _SLAB):
-        rows = min(_SLAB, m - at)
+    slab = min(_SLAB, _SUMS * layout.group // max(weight.widths) * ROWS)
+    for at in range(0, m, slab):
+        rows = min(slab, m - at)
         code(
             x.data_ptr() + at * x_row,
             x_row,

@@ -16,8 +16,8 @@ from runtime.model.units import Unit
 from runtime.weights.checkpoint import Checkpoint, check_tensor, open_checkpoint
 from runtime.weights.formats import TensorType
 
-# Weights by what they do, and those that are kept in bf16 even where int4 would do: none, since int4 products
-# on AMX are the cheaper ones at any number of rows (docs/decisions.md).
+# Weights by what they do, and those that are kept in bf16 even where codes would do: none, since products of
+# codes on AMX are the cheaper ones at any number of rows (docs/decisions.md).
 ROLES = ("qkv", "attention_output", "gate_up", "down")
 DENSE_ROLES: frozenset[str] = frozenset()
 
@@ -30,7 +30,7 @@ class OpenModel:
     spec: ModelSpec
     units: tuple[Unit, ...]
     dtype: str  # of activations and KV: "bf16" or "fp32" on a CPU, "fp16" on a GPU
-    dense: frozenset[str]  # roles kept in bf16 even where int4 would do
+    dense: frozenset[str]  # roles kept in bf16 even where codes would do
     quantize: str | None
     device: str = "cpu"  # or "cuda"
     kv_dtype: str = "auto"  # as `dtype`, or "fp8"

@@ -40,7 +40,7 @@ class Columns:
 
 @dataclass(slots=True)
 class Packer:
-    """Packs the weights of one rank. `dense` names the roles kept in bf16 even where int4 would do."""
+    """Packs the weights of one rank. `dense` names the roles kept in bf16 even where codes would do."""
 
     dtype: torch.dtype
     dense: frozenset[str]

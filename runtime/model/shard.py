@@ -90,7 +90,7 @@ def build_shard(
 ) -> Shard:
     """Build a rank's weights from its slices, taken in the order of `shard_slices`. `layers`: None is all.
 
-    `dense` names the roles (see `header.ROLES`) that stay bf16 even where int4 would do. Each file tensor is
+    `dense` names the roles (see `header.ROLES`) that stay bf16 even where codes would do. Each file tensor is
     dropped as soon as it is packed.
     """
     mine = units[run[0] : run[1]]

@@ -1,9 +1,9 @@
 """Tells the weights of one model from those of another, without reading them all.
 
 A digest of what the header says of every tensor, and of a sample of each one's bytes. Two files that differ
-in a tensor's type or shape, or anywhere in a sample, have other digests: so has every fine-tune, merge and
-quantisation. A file that was changed in single places between the samples has not; this guards against
-mistakes, not against an adversary. Knows no model.
+in a tensor's type or shape, or anywhere in a sample, have other digests: so have fine-tunes, merges and
+quantisations, which change every row of some tensor at least. A file that was changed in single places
+between the samples has not; this guards against mistakes, not against an adversary. Knows no model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def fingerprint(checkpoint: Checkpoint, also: str = "") -> str:
     with ExitStack() as stack:
         opened: dict[str, int] = {}
         for name, info in sorted(checkpoint.tensors.items()):
-            digest.update(f"{name} {info.type} {info.rows} {info.cols}\n".encode())
+            digest.update(f"{name} {info.type!r} {info.rows} {info.cols}\n".encode())
             for part in _stored(info):
                 if part.file not in opened:
                     opened[part.file] = open_to_read(part.file, stack)

@@ -103,3 +103,14 @@ def test_gated_rows_and_units_stand_alone(dtype, units, width):
         with torch_threads(threads):
             for n in (1, 2, m):
                 assert same_bits(gated(x[-n:], up[-n:]), alone[-n:])
+
+
+@pytest.mark.parametrize("width", [24, 43])
+def test_what_a_rank_holds_does_not_choose_the_gate(width):
+    """Two units of any width together, and apart, where torch's gate and the compiled one differ: near the
+    smallest normal numbers."""
+    x = (2.0**-126 * (1 + torch.arange(2 * width) / width)).bfloat16().expand(3, -1).contiguous()
+    up = (random(1, 3, 2 * width) * 2.0**100).bfloat16()
+    shares = slice(0, width), slice(width, None)
+    apart = torch.cat([gated(x[:, share], up[:, share]) for share in shares], dim=1)
+    assert same_bits(gated(x, up), apart)

@@ -244,10 +244,20 @@ def test_parts_of_two_kinds_are_called_apart():
     joined = stack(weights[:1] * 2)
     with pytest.raises(ValueError, match=r"\(5, 64\).*K = 128"):
         linear_parts(x[:, :64], joined)
-    with pytest.raises(ValueError, match="2 products, of which 1"):
+    with pytest.raises(ValueError, match="2 products of 5 rows"):
         linear(x[:, :128], joined[0])
     with pytest.raises(ValueError, match=r"\(5, 64\).*K = 224"):
         linear_parts(x[:, :64], weights)
+
+
+@pytest.mark.skipif(not AMX, reason="no AMX, or no compiler for it")
+def test_a_place_that_does_not_fit_is_refused():
+    weight = weight_of("int4", 48, 64, 32)
+    x, right = random(1, 4, 64, dtype=torch.bfloat16), torch.zeros(4, 48, dtype=torch.bfloat16)
+    for out in (right[:, :16], right[:1], right.float(), right.view(48, 4).t()):
+        with pytest.raises(ValueError, match=r"do not fit|neighbours"):
+            linear(x, weight, out)
+    assert not right.any()
 
 
 def test_a_result_may_be_written_into_columns_of_another():
@@ -293,12 +303,15 @@ def test_inputs_are_left_alone():
         assert same_bits(x, before)
 
 
-def test_a_strided_view_is_the_same_rows():
-    wide = random(1, 20, 128)
-    for kind in (*CODES, "bf16", "fp32"):
-        x = (wide if kind == "fp32" else wide.bfloat16())[:, 32:96]
-        weight = weight_of(kind, 16, 64, 32)
-        assert same_bits(linear(x, weight), linear(x.contiguous(), weight))
+@pytest.mark.parametrize("kind", [*CODES, "bf16", "fp32"])
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (48, 320), (64, 1376)])
+def test_a_strided_view_is_the_same_rows(kind, n, k):
+    """The stride is the rank's share of K: even where all that is left of a sum is its rounding."""
+    x, weight = cancelling(kind, n, k)
+    wide = torch.full((17, k + 96), 3.0, dtype=x.dtype)
+    wide[:, 32 : 32 + k] = x
+    for rows in (slice(0, 16), slice(0, 17)):
+        assert same_bits(linear(wide[rows, 32 : 32 + k], weight), linear(x[rows].contiguous(), weight))
 
 
 @pytest.mark.parametrize("kind", [*CODES, "bf16", "fp32"])

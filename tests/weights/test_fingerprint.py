@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 
@@ -93,6 +94,17 @@ def test_all_parts_of_a_packed_layer_count(tmp_path, part):
         (byte,) = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 0xFF]))
+    assert fingerprint(open_checkpoint(folder)) != before
+
+
+def test_how_a_packed_layer_is_read_counts(tmp_path):
+    """Zero points stored less one, or as they are: the same bytes are other weights."""
+    source = write_tiny_llama(tmp_path / "model.gguf", ffn=256)
+    folder = write_tiny_packed(tmp_path / "model", source, "gptq")
+    before = fingerprint(open_checkpoint(folder))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (folder / "config.json").write_text(json.dumps(config))
     assert fingerprint(open_checkpoint(folder)) != before
 
 
