@@ -33,6 +33,7 @@ GROUP = 16  # neighbouring positions that lie side by side in the cache
 STEP = 32  # positions of one product with values
 SEGMENT = 128
 TILES_AT_ONCE = 8  # that share a segment's values once these are paired
+_SERIAL = 512  # positions that are not worth another thread
 _INTS = "<16 x i32>"
 _PAIRS = "<32 x i16>"
 _UNSEEN, _NOTHING = -1e30, -1e29  # a score that is not seen; the largest of none
@@ -57,6 +58,8 @@ class Tiles:
     heads: int
     splits: int
     gathered: torch.Tensor | None
+    positions: int  # that all tiles read
+    windowed: bool
 
 
 def takes(dim: int, dtype: torch.dtype) -> bool:
@@ -107,6 +110,8 @@ def lay_out(
         heads,
         splits,
         gathered,
+        sum(count * (end - first) for _, count, _, first, end in items),
+        window is not None,
     )
 
 
@@ -116,7 +121,7 @@ def attend(q: torch.Tensor, cache_: torch.Tensor, tiles: Tiles, scale: float, ou
     kv_heads, group, dim = q.shape[1:]
     if tiles.gathered is not None:
         cache_ = cache_.index_select(0, tiles.gathered)
-    code = _code(dim)
+    code = _code(dim, tiles.windowed)
     q_row, out_row = 2 * q.stride(0), 2 * out.stride(0)
     code(
         q.data_ptr(),
@@ -140,7 +145,7 @@ def attend(q: torch.Tensor, cache_: torch.Tensor, tiles: Tiles, scale: float, ou
         _constants().data_ptr(),
         code.thread_number,
         code.thread_count,
-        threads=1 if len(tiles.items) * kv_heads * tiles.splits == 1 else None,
+        threads=1 if tiles.positions * kv_heads * tiles.splits < _SERIAL else None,
     )
 
 
@@ -169,12 +174,13 @@ _PARAMETERS = {
 
 
 @cache
-def _code(dim: int) -> Code:
+def _code(dim: int, windowed: bool) -> Code:
     parts = {
         "queries": _queries(dim),
         "values": _values(dim),
+        "fetch": _fetch(dim),
         "scores": _scores(dim),
-        "weigh": _weigh(),
+        "weigh": _weigh(windowed),
         "take_up": _take_up(dim),
         "finish": _finish(dim),
     }
@@ -225,6 +231,24 @@ def _values(dim: int) -> Function:
     return f
 
 
+def _fetch(dim: int) -> Function:
+    """Ask for the keys and values of so many groups of positions."""
+    f = Function("fetch", {"keys": "ptr", "row": "i64", "rows": "ptr", "groups": "i64"})
+
+    def group(g: Value, _) -> None:
+        place = f["keys"] + (f["rows"] + g * 8).load("i64", 8) * f["row"]
+
+        def position(n: Value, _) -> None:
+            for start in (place + n * f["row"], place + (n * f["row"] + f["row"] // 2)):
+                for line in range(0, 2 * dim, 64):
+                    f.prefetch(start + line)
+
+        f.loop(GROUP, position)
+
+    f.loop(f["groups"], group)
+    return f
+
+
 def _scores(dim: int) -> Function:
     """The keys of a segment by the queries of a tile -> fp32 [positions, 16 lanes]."""
     f = Function(
@@ -255,7 +279,7 @@ def _scores(dim: int) -> Function:
     return f
 
 
-def _weigh() -> Function:
+def _weigh(windowed: bool) -> Function:
     """Scores -> weights in bf16, [steps, 16 lanes, 32 positions]. `state` is m, l and what to rescale by,
     fp32 [3, 16]. Scores are written over."""
     f = Function(
@@ -268,18 +292,22 @@ def _weigh() -> Function:
     scale = f.broadcast(f["scale"])
     begin, last = ((f["seen"] + 64 * n).load(_INTS, 4) for n in range(2))
 
+    def visible(at: Value) -> Value:
+        before = f.emit("<16 x i1>", f"icmp sle {_INTS} {at}, {last}")
+        if not windowed:
+            return before
+        after = f.emit("<16 x i1>", f"icmp sge {_INTS} {at}, {begin}")
+        return f.emit("<16 x i1>", f"and <16 x i1> {after}, {before}")
+
     def look(s: Value, carried: list[Value]) -> list[Value]:
         (largest,) = carried
         base = _splat(f, f["first"] + s * STEP)
         for n in range(STEP):
             place = f["scores"] + s * (64 * STEP) + 64 * n
             at = f.emit(_INTS, f"add {_INTS} {base}, {constant('i32', [n] * LANES)}")
-            after = f.emit("<16 x i1>", f"icmp sge {_INTS} {at}, {begin}")
-            before = f.emit("<16 x i1>", f"icmp sle {_INTS} {at}, {last}")
-            visible = f.emit("<16 x i1>", f"and <16 x i1> {after}, {before}")
             score = f.floats("fmul", place.load(FLOATS, 64), scale)
             score = f.emit(
-                FLOATS, f"select <16 x i1> {visible}, {FLOATS} {score}, {FLOATS} {f.splat(_UNSEEN)}"
+                FLOATS, f"select <16 x i1> {visible(at)}, {FLOATS} {score}, {FLOATS} {f.splat(_UNSEEN)}"
             )
             place.store(score, 64)
             largest = _larger(f, score, largest)
@@ -393,6 +421,9 @@ def _main(dim: int, parts: dict[str, Function]) -> Function:
     tile_o, tile_queries, tile_state = 4 * LANES * dim, 1024 * (dim // 32), 3 * 64
     values_at = a["cache_row"] // 2
 
+    def groups_of(positions: Value) -> Value:
+        return (positions + (GROUP - 1)) // GROUP
+
     def work() -> None:
         f.line(f"call void @llvm.x86.ldtilecfg(ptr {a['constants']})")
         o, queries, states = (f.space(TILES_AT_ONCE * size) for size in (tile_o, tile_queries, tile_state))
@@ -403,6 +434,7 @@ def _main(dim: int, parts: dict[str, Function]) -> Function:
             item, share = a["items"] + which // shares * 40, which % shares
             kv_head, split = share // a["splits"], share % a["splits"]
             first_tile, tiles, first_row, start, end = ((item + 8 * i).load("i64", 8) for i in range(5))
+            segments = (end - start + (SEGMENT - 1)) // SEGMENT
             head = kv_head * a["group"] + split * a["split"]
             keys = a["cache"] + kv_head * (2 * dim)
             rows = a["rows"] + first_row * 8
@@ -424,12 +456,32 @@ def _main(dim: int, parts: dict[str, Function]) -> Function:
 
             f.loop(tiles, prepare)
 
+            def fetch_another() -> None:
+                following = which + threads
+                item = a["items"] + following // shares * 40
+                first_row, start, end = ((item + 8 * i).load("i64", 8) for i in (2, 3, 4))
+                keys = a["cache"] + following % shares // a["splits"] * (2 * dim)
+                rows = a["rows"] + (first_row + start // GROUP) * 8
+                groups = groups_of((end - start).minimum(SEGMENT))
+                f.call(parts["fetch"], keys, a["cache_row"], rows, groups)
+
             def segment(s: Value, _) -> None:
                 first = start + s * SEGMENT
                 count = (end - first).minimum(SEGMENT)
-                steps, groups = (count + (STEP - 1)) // STEP, (count + (GROUP - 1)) // GROUP
+                steps, groups = (count + (STEP - 1)) // STEP, groups_of(count)
                 here = rows + first // GROUP * 8
                 f.call(parts["values"], keys + values_at, a["cache_row"], here, groups, steps, values)
+                # What comes next is on its way while this is computed.
+                f.when(
+                    f.compare("sgt", segments, s + 1),
+                    lambda: f.call(
+                        parts["fetch"], keys, a["cache_row"], here + SEGMENT // GROUP * 8,
+                        groups_of((end - first - SEGMENT).minimum(SEGMENT)),
+                    ),
+                )  # fmt: skip
+                last = f.compare("eq", segments, s + 1)
+                another = f.compare("sgt", mine, n + 1)
+                f.when(f.emit("i1", f"and i1 {last}, {another}"), fetch_another)
 
                 def tile(t: Value, _) -> None:
                     _, used = tile_facts(t)
@@ -446,7 +498,7 @@ def _main(dim: int, parts: dict[str, Function]) -> Function:
 
                 f.loop(tiles, tile)
 
-            f.loop((end - start + (SEGMENT - 1)) // SEGMENT, segment)
+            f.loop(segments, segment)
 
             def conclude(t: Value, _) -> None:
                 row, used = tile_facts(t)
@@ -480,9 +532,7 @@ def _larger(f: Function, a: Value, b: Value) -> Value:
 def _power_of_2(f: Function, x: Value) -> Value:
     """2**x to 2**-18, for x at most 1: x = n + r with n whole and |r| <= 1/2, 2**r by its series, times 2**n.
     Below -200 it is 0; whole numbers are exact."""
-    low = f.splat(-200.0)
-    above = f.emit("<16 x i1>", f"fcmp ule {FLOATS} {low}, {x}")  # or NaN
-    x = f.emit(FLOATS, f"select <16 x i1> {above}, {FLOATS} {x}, {FLOATS} {low}")
+    x = _larger(f, f.splat(-200.0), x)
     n = f.emit(FLOATS, f"call {FLOATS} @llvm.rint.v16f32({FLOATS} {x})")
     r = f.floats("fsub", x, n)
     series = f.splat(math.log(2) ** 5 / 120)
