@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 # What a step costs, in steps of nothing: the weights are read once, whatever for. Measured on two cores of
 # a Xeon with AMX: SmolLM2-135M-Instruct Q4_1, 1 to 64 rows at positions 100 to 450, where a step of nothing
 # takes 12.5 ms.
-SEQUENCE_COST = 0.07  # a sequence: its row, and reading its KV; 0.06 at position 100, 0.17 at 450
-ROW_COST = 0.045  # a guess: one more row of a sequence
-GUESSER_COST = 0.12  # a sequence that guesses: its attention has calls of its own
-TILE, TILE_COST = 16, 0.28  # rows that products take at once; each time but the first
+SEQUENCE_COST = 0.065  # a sequence: its row, and reading its KV; 0.045 at position 100, 0.095 at 450
+ROW_COST = 0.03  # a guess: one more row of a sequence
+TILE, TILE_COST = 16, 0.3  # rows that products take at once; each time but the first
 WAIT_COST = 0.03  # the ranks wait for the plan
 # Of tokens for the cost, or there are no guesses. More than for one sequence alone: the more chances are
 # compared, the more the best are overrated, and who ends sooner leaves the others' steps nearly as dear.
@@ -27,54 +26,28 @@ LEAST_GAIN = 1.1
 WAITERS = 10  # where one in so many must wait for the plan in flight, all do
 
 
-def step_cost(rows: int, guesses: int = 0, guessers: int = 0) -> float:
-    """Of a step with a row for each of `rows` sequences, and `guesses` for `guessers` of them."""
-    tiles = (rows + guesses - 1) // TILE
-    return 1 + SEQUENCE_COST * rows + ROW_COST * guesses + GUESSER_COST * guessers + TILE_COST * tiles
+def step_cost(rows: int, guesses: int = 0) -> float:
+    """Of a step with a row for each of `rows` sequences, and so many guesses."""
+    return 1 + SEQUENCE_COST * rows + ROW_COST * guesses + TILE_COST * ((rows + guesses - 1) // TILE)
 
 
 def allot(chances: Items[float], most: Items[int], rows: int, spare: int) -> list[int]:
     """How many guesses each candidate gets in a step that has `rows` rows anyway, each for a token, and
     has `spare` more: those that make the most tokens for the cost, or none where that gains too little.
 
-    Candidate i's j-th guess, of at most `most[i]`, is right with a chance of `chances[i] ** j`. The ratio is
-    raised as in Dinkelbach (1967): what brings more than its cost does at one rate has a better rate, and
-    so on until nothing has."""
-    best = [0] * len(chances)
-    rate = LEAST_GAIN * rows / step_cost(rows)
-    rooms = [*range(-rows % TILE or TILE, spare, TILE), spare]  # full tiles, or whatever there is
-    while True:
-        found = max((_fill(chances, most, rows, room, rate) for room in rooms), key=lambda f: f[0])
-        if found[0] <= rate:
-            return best
-        rate, best = found
-
-
-def _fill(
-    chances: Items[float], most: Items[int], rows: int, room: int, rate: float
-) -> tuple[float, list[int]]:
-    """Tokens for the cost, and guesses a candidate, if up to `room` guesses are tried that are worth more
-    than they cost at `rate`, from the best on."""
-    wanted = []
-    for i, chance in enumerate(chances):
-        count, worth, right = 0, -rate * GUESSER_COST, chance
-        while count < most[i] and right > rate * ROW_COST:
-            count += 1
-            worth += right - rate * ROW_COST
-            right *= chance
-        if worth > 0:
-            wanted.append((worth / count, i, count))
-    wanted.sort(reverse=True)
+    Candidate i's j-th guess, of at most `most[i]`, is right with a chance of `chances[i] ** j`. So the
+    likeliest guesses are the best of any number, and none comes without those before it."""
+    guesses = [(-(chance**j), i) for i, chance in enumerate(chances) for j in range(1, most[i] + 1)]
+    guesses.sort()
+    tokens, taken, rate = float(rows), 0, LEAST_GAIN * rows / step_cost(rows)
+    for count, (less, _) in enumerate(guesses[:spare], start=1):
+        tokens -= less
+        if (found := tokens / (WAIT_COST + step_cost(rows, count))) > rate:
+            taken, rate = count, found
     counts = [0] * len(chances)
-    tokens, left, guessers = float(rows), room, 0
-    for _, i, count in wanted:
-        if not left:
-            break
-        counts[i] = count = min(count, left)
-        tokens += sum(chances[i] ** j for j in range(1, count + 1))
-        left -= count
-        guessers += 1
-    return tokens / (WAIT_COST + step_cost(rows, room - left, guessers)), counts
+    for _, i in guesses[:taken]:
+        counts[i] += 1
+    return counts
 
 
 def decodes(sequence: Sequence) -> bool:

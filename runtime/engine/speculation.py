@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime.engine.allotment import ROW_COST
-
 GRAM = 3  # tokens that must agree for the text after them to be a guess
 AT_ONCE = 512  # tokens of a prompt that are indexed with each token of the reply
 FEWEST_RIGHT = 2  # tokens in a row that must have been foreseen before guesses are tried
 TOKEN_DECAY = 0.95  # weight of what was foreseen, or not, one token ago
 
 TRY_DECAY = 0.8  # weight of what a draft model's guesses were one try ago
+ROW_COST = 0.05  # what one more row of one sequence alone costs a step, in steps
 LEAST_GAIN = 1.05  # tokens for the cost of one, below which the draft model is left alone
 FIRST_REST, LONGEST_REST = 16, 512  # tokens until it is tried again
 

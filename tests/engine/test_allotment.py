@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.config import EngineConfig
-from runtime.engine.allotment import LEAST_GAIN, TILE, WAIT_COST, allot, step_cost
+from runtime.engine.allotment import LEAST_GAIN, WAIT_COST, allot, step_cost
 from runtime.types import Chunk
 from tests.engine.harness import Harness, request
 
@@ -20,12 +20,12 @@ candidates = st.lists(st.tuples(chances, st.integers(0, 6)), min_size=1, max_siz
 def rate(counts, chances, rows: int) -> float:
     """Tokens for the cost that these guesses bring."""
     tokens = rows + sum(a**j for count, a in zip(counts, chances, strict=True) for j in range(1, count + 1))
-    return tokens / (WAIT_COST + step_cost(rows, sum(counts), sum(count > 0 for count in counts)))
+    return tokens / (WAIT_COST + step_cost(rows, sum(counts)))
 
 
 @settings(max_examples=300, deadline=None)
 @given(candidates, st.integers(0, 40), st.integers(1, 24))
-def test_next_to_nothing_is_better(candidates, others, spare):
+def test_nothing_is_better(candidates, others, spare):
     chances, most = zip(*candidates, strict=True)
     rows = others + len(candidates)
     found = allot(chances, most, rows, spare)
@@ -33,13 +33,10 @@ def test_next_to_nothing_is_better(candidates, others, spare):
     assert all(0 <= count <= limit for count, limit in zip(found, most, strict=True))
     plain = LEAST_GAIN * rows / step_cost(rows)
     if any(found):
-        assert rate(found, chances, rows) > plain
+        assert rate(found, chances, rows) > plain * (1 - 1e-9)
     tries = product(*(range(limit + 1) for limit in most))
     best = max((rate(c, chances, rows) for c in tries if 0 < sum(c) <= spare), default=0.0)
-    # Whose guesses fill a last few rows is a knapsack, and not searched through.
-    assert best <= plain * 1.04 or rate(found, chances, rows) > 0.85 * best
-    if spare >= sum(most) and rows + sum(most) <= TILE:
-        assert best <= plain or rate(found, chances, rows) == pytest.approx(best)
+    assert best <= plain * (1 + 1e-9) or rate(found, chances, rows) == pytest.approx(best)
 
 
 @pytest.mark.parametrize(
@@ -48,11 +45,11 @@ def test_next_to_nothing_is_better(candidates, others, spare):
         ((0.95,), 1, [8]),
         ((0.5,), 1, [4]),
         ((0.1,), 1, [0]),
-        ((0.8,), 6, [6]),
+        ((0.8,), 6, [7]),
         ((0.8,), 16, [0]),  # it would not pay for the tile it begins
         ((0.95,) * 4, 16, [8] * 4),
         ((0.5,) * 16, 16, [0] * 16),
-        ((0.95, 0.3), 4, [8, 0]),
+        ((0.95, 0.2), 4, [8, 0]),
     ],
 )
 def test_the_more_rows_there_are_the_likelier_a_guess_must_be(candidates, rows, guesses):
