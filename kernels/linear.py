@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.native import codes as native
 from kernels.native import machine
+from kernels.native.packed import LONGEST, Layout, Parts, joined, pack
 
 TILE = 16  # rows of one dense call
 K_CHUNK = 256  # columns of K in one dense fp32 call
@@ -67,7 +67,7 @@ class Fp32Weight:
         return sum(chunk.nbytes for chunk in self.chunks)
 
 
-Codes = native.Parts  # of one product, or of several
+Codes = Parts  # of one product, or of several
 Weight = Codes | Int4Weight | Bf16Weight | Fp32Weight
 
 
@@ -90,8 +90,8 @@ def pack_int4(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, 
             f"int4 weight: codes {tuple(codes.shape)}, scales {tuple(scales.shape)}, group {group} do not fit"
         )
     zeros = offsets + 8 * scales
-    if machine.supported() and k <= native.LONGEST:
-        return native.pack(codes, scales, zeros, native.Layout(4, group, True))
+    if machine.supported() and k <= LONGEST:
+        return pack(codes, scales, zeros, Layout(4, group, True))
     return pack_int4_for_torch(codes, scales, zeros, group)
 
 
@@ -107,7 +107,7 @@ def pack_int4_for_torch(
 def int8_takes(out_features: int, in_features: int, group: int) -> bool:
     """Whether codes of 8 bits of this shape are served here: on AMX alone."""
     fits = out_features % 16 == 0 and in_features % group == 0 and (group == 16 or group % 32 == 0)
-    return fits and in_features <= native.LONGEST and machine.supported()
+    return fits and in_features <= LONGEST and machine.supported()
 
 
 def pack_int8(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, group: int) -> Codes:
@@ -121,12 +121,12 @@ def pack_int8(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor |
             f"int8 weight: codes {codes.dtype} {tuple(codes.shape)}, scales {tuple(scales.shape)}, "
             f"group {group} do not fit"
         )
-    return native.pack(codes, scales, offsets, native.Layout(8, group, offsets is not None))
+    return pack(codes, scales, offsets, Layout(8, group, offsets is not None))
 
 
 def stack(weights: Sequence[Weight]) -> tuple[Weight, ...]:
     """Weights with a share of x each, for `linear_parts`: as one where they are packed alike for AMX."""
-    together = native.joined(weights) if all(isinstance(w, Codes) for w in weights) else None
+    together = joined(weights) if all(isinstance(w, Codes) for w in weights) else None
     return tuple(weights) if together is None else (together,)
 
 
@@ -216,7 +216,7 @@ def _by_codes(x: torch.Tensor, weight: Codes, out: torch.Tensor) -> None:
         )
     if out.stride(2) != 1:
         raise ValueError("linear: neighbouring columns of the result must be neighbours in memory")
-    native.product(x if x.stride(1) == 1 else x.contiguous(), weight, out)
+    native_codes.product(x if x.stride(1) == 1 else x.contiguous(), weight, out)
 
 
 def _misfit(x: torch.Tensor, weight: Weight, width: int) -> ValueError:

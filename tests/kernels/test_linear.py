@@ -23,8 +23,8 @@ from kernels.linear import (
     pack_int8,
     stack,
 )
-from kernels.native import codes as native
 from kernels.native import machine
+from kernels.native.packed import LONGEST
 from tests.bits import random, same_bits, torch_threads
 from tests.cancel import cancelling_product
 
@@ -272,7 +272,7 @@ def test_a_result_may_be_written_into_columns_of_another():
 
 @pytest.mark.skipif(not AMX, reason="no AMX, or no compiler for it")
 def test_a_k_too_long_for_amx_is_left_to_torch():
-    k = native.LONGEST
+    k = LONGEST
     x = random(2, 3, 2 * k, dtype=torch.bfloat16)
     for wide in (k, k + 32):
         parts = int4_parts(3, 16, wide, 32)
