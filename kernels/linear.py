@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.native import codes as native_codes
 from kernels.native import machine
 from kernels.native.packed import LONGEST, Layout, Parts, joined, pack
 
