@@ -27,7 +27,8 @@ FIGURES = ("decode_1", "decode_16", "prefill_512")
 
 
 def ours(model: str, tp: int) -> dict[str, float]:
-    """Rates through the engine: requests by its TCP channel, ranks as Ray actors."""
+    """Rates through the engine: requests by its TCP channel, ranks as Ray actors. Without guesses, which the
+    peers do not make either."""
     bench = [sys.executable, "-m", "runtime.cli", "bench", model, "--json", "--tp", str(tp), "--repeat", "3"]
     decode = _run([*bench, "--prompt-tokens", str(CONTEXT), "--max-tokens", str(DECODE + 1)])
     prefill = _run([*bench, "--prompt-tokens", str(PREFILL), "--max-tokens", "2", "--streams", "1"])

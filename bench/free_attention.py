@@ -72,9 +72,11 @@ def chunk_calls(
 
 
 def tile_buffers(
-    calls: Sequence[AttentionCall | FreeCall], q_shape: Sequence[int], dtype: torch.dtype
+    calls: Sequence[AttentionCall | FreeCall] | attention.Tiles, q_shape: Sequence[int], dtype: torch.dtype
 ) -> list[torch.Tensor | None]:
     """As `attention.tile_buffers`; a free call needs none."""
+    if isinstance(calls, attention.Tiles):
+        return attention.tile_buffers(calls, q_shape, dtype)
     ruled = [call for call in calls if isinstance(call, AttentionCall)]
     theirs = iter(attention.tile_buffers(ruled, q_shape, dtype))
     return [next(theirs) if isinstance(call, AttentionCall) else None for call in calls]
@@ -83,12 +85,14 @@ def tile_buffers(
 def paged_attention(
     q: torch.Tensor,
     cache: torch.Tensor,
-    calls: Sequence[AttentionCall | FreeCall],
+    calls: Sequence[AttentionCall | FreeCall] | attention.Tiles,
     buffers: Sequence[torch.Tensor | None],
     scale: float,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """As `attention.paged_attention`, which the ruled ones of `calls` are handed to."""
+    if isinstance(calls, attention.Tiles):
+        return attention.paged_attention(q, cache, calls, buffers, scale, out)
     for call, buffer in zip(calls, buffers, strict=True):
         if isinstance(call, AttentionCall):
             attention.paged_attention(q, cache, (call,), (buffer,), scale, out)

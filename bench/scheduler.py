@@ -76,19 +76,26 @@ def measure(times: Times, running: int, waiting: int, replies: str, steps: int) 
     for index in range(running + waiting):
         engine.add(Request(f"r{index}", (index, *prompt), params), 0.0)
     times.add_us.append((time.perf_counter() - began) / (running + waiting) * 1e6)
-    in_flight = [engine.plan(0.0)]
-    while engine.load().running < running:
-        in_flight.append(engine.plan(0.0))
-        engine.step_finished(result_of(in_flight.pop(0), replies), 0.0)
-    for _ in range(steps):
+    in_flight: list[StepPlan] = []
+    planned = 0  # since all run
+    measured = False
+    while planned < steps:
+        measured = measured or engine.load().running == running
         began = time.perf_counter()
-        in_flight.append(engine.plan(0.0))
-        times.plan_ms.append((time.perf_counter() - began) * 1e3)
-        times.chunks.append(len(in_flight[-1].chunks))
+        plan = engine.plan(0.0)
+        if plan is not None:
+            if measured:
+                times.plan_ms.append((time.perf_counter() - began) * 1e3)
+                times.chunks.append(len(plan.chunks))
+                planned += 1
+            in_flight.append(plan)
+        if plan is not None and len(in_flight) == 1:
+            continue  # one ahead, unless the engine waits for what is in flight
         result = result_of(in_flight.pop(0), replies)
         began = time.perf_counter()
         engine.step_finished(result, 0.0)
-        times.result_ms.append((time.perf_counter() - began) * 1e3)
+        if measured:
+            times.result_ms.append((time.perf_counter() - began) * 1e3)
     assert engine.load().running == running and engine.load().waiting == waiting
 
 

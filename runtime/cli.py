@@ -380,6 +380,14 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt.")] = 64,
     max_tokens: Annotated[int, typer.Option(help="Length of each reply.")] = 128,
     repeat: Annotated[int, typer.Option(help="Times to measure; medians are shown.")] = 3,
+    draft_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Most tokens guessed ahead with MODEL. 0: none, since replies to random prompts repeat "
+            "themselves, which flatters guesses.",
+        ),
+    ] = 0,
     tp: Tp = 1,
     pp: Pp = 1,
     local: Local = False,
@@ -404,7 +412,7 @@ def bench(
     credentials.unused()
     config = ServeConfig(
         named_model(model, dtype=dtype, kv_dtype=kv_dtype, quantize=quantize),
-        EngineConfig(max_num_seqs=max(1, streams)),
+        EngineConfig(max_num_seqs=max(1, streams), draft_tokens=draft_tokens),
         ParallelConfig(tp=tp, pp=pp, kv_memory=kv_memory),
     )
     bench_model(config, work, local=local, ray_address=ray_address, as_json=json)

@@ -9,15 +9,17 @@ import sys
 import pytest
 
 from bench.speculation import copied
+from kernels.native import machine
 from tests.support import REPOSITORY
 from tests.weights.tiny import write_tiny_llama
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A random model of three units in types that are served as int4, as bf16 and by rows."""
+    """A random model of three units in types that are served as codes, as bf16 and by rows, with heads that
+    torch's attention serves."""
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
-    kinds = {"*": "Q4_1", "attn_v": "Q8_0", "ffn_down": "Q8_0", "token_embd": "Q8_0", "output": "Q8_0"}
+    kinds = {"*": "Q4_1", "attn_v": "BF16", "ffn_down": "BF16", "token_embd": "Q8_0", "output": "Q8_0"}
     return write_tiny_llama(path, types=kinds, hidden=96, heads=6, kv_heads=3, ffn=192, context=1024)
 
 
@@ -67,6 +69,12 @@ def test_copied_tokens_are_those_in_runs_of_eight():
     prompt = list(range(100))
     assert copied(prompt, [7, *range(20, 30), 7, 7, *range(50, 57), 7]) == 10
     assert copied(prompt[:5], prompt[:5]) == 0
+
+
+@pytest.mark.skipif(not machine.supported(), reason="no AMX, or no compiler for it")
+def test_attention(monkeypatch, capsys):
+    result = run(monkeypatch, capsys, "attention", "--quick")
+    assert all(of["gain"] > 0 and of["apart"] < 2**-5 for of in result["work"].values())
 
 
 def test_the_scheduler(monkeypatch, capsys):
