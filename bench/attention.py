@@ -4,8 +4,8 @@
     python bench/attention.py --kv-heads 8 --group 8 --dim 128 --layers 4       a 70B's, four layers of it
 
 A figure is milliseconds for `--layers` layers of one step, each with a KV cache of its own, the median of
-`--rounds` turns. That the two compute the same but for rounding is checked. JSON on standard output, a table on
-standard error.
+`--rounds` turns. That the two compute the same but for rounding is checked. JSON on standard output, a table
+on standard error.
 """
 
 from __future__ import annotations
