@@ -18,11 +18,11 @@ from runtime.model.reduce import UnitSum
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-def split_by_rows(x: torch.Tensor, weight) -> torch.Tensor:
+def split_by_rows(x: torch.Tensor, weight, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [M, K] -> [M, N] with K in as many parts as make up for few rows, as a split-K kernel chooses it:
     the order of a row's sum then depends on how many rows there are."""
     if not isinstance(weight, Fp32Weight):
-        return linear(x, weight)
+        return linear(x, weight, out)
     whole = torch.cat(weight.chunks, dim=1)
     parts = 4 if x.shape[0] == 1 else 2 if x.shape[0] < 8 else 1
     cuts = [x.shape[1] * i // parts for i in range(parts + 1)]
@@ -30,7 +30,7 @@ def split_by_rows(x: torch.Tensor, weight) -> torch.Tensor:
     for start, stop in pairwise(cuts):
         # In double precision, whose own order does not show in what is left of it: the split alone does.
         total += (x[:, start:stop].double() @ whole[:, start:stop].double().t()).float()
-    return total
+    return total if out is None else out.copy_(total)
 
 
 def plant_batch_dependent_matmul(patch: pytest.MonkeyPatch) -> None:
