@@ -76,7 +76,10 @@ def lay_out(
     runs: Sequence[tuple[int, int, int, list[int]]], *, block_size: int, group: int, window: int | None
 ) -> Tiles:
     """`runs`: (first row of q, first position, tokens, block table) of each sequence in the step. `group`:
-    query heads a KV head. block_size divides 16 or is a multiple of it."""
+    query heads a KV head. ValueError if block_size neither divides 16 nor is a multiple of it, or a block
+    table ends before its run."""
+    if block_size % GROUP and GROUP % block_size:
+        raise ValueError(f"attention: blocks of {block_size} positions are no share of {GROUP}, nor so many")
     splits = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= LANES)
     heads = group // splits
     per_tile = LANES // heads
@@ -89,6 +92,8 @@ def lay_out(
     for row, start, length, table in runs:
         stop, entry = start + length, len(blocks) * block_size // GROUP
         owned = table[: -(-stop // block_size)]
+        if len(owned) * block_size < stop:
+            raise ValueError(f"attention: {len(table)} blocks of {block_size} do not hold {stop} positions")
         blocks += owned + owned[:1] * (-len(owned) % whole)
         for at in range(0, length, per_tile * TILES_AT_ONCE):
             end = min(length, at + per_tile * TILES_AT_ONCE)

@@ -81,7 +81,13 @@ class BatchMaker:
         firsts = accumulate((len(run.tokens) for run in runs), initial=0)
         if self._native:
             laid = [(first, r.start, len(r.tokens), r.blocks) for first, r in zip(firsts, runs, strict=False)]
-            return lay_out(laid, block_size=self._block_size, group=self._group, window=self._window)
+            tiles = lay_out(laid, block_size=self._block_size, group=self._group, window=self._window)
+            # They are read by address, where nothing else would notice.
+            lowest, highest = tiles.rows.aminmax() if tiles.gathered is None else tiles.gathered.aminmax()
+            end = self._cache_blocks * (self._block_size if tiles.gathered is None else 1)
+            if lowest < 0 or highest >= end:
+                raise ValueError(f"a plan names KV blocks outside the {self._cache_blocks} there are")
+            return tiles
         calls: list[AttentionCall] = []
         lone: list[_Lone] = []
         for first, run in zip(firsts, runs, strict=False):

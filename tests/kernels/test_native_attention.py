@@ -166,6 +166,13 @@ def test_what_is_served():
     assert not native_takes(64, torch.float32) and not native_takes(48, BF16) and not native_takes(288, BF16)
 
 
+def test_what_would_be_read_past_its_end_is_refused():
+    with pytest.raises(ValueError, match="1 blocks of 16 do not hold 17 positions"):
+        lay_out([(0, 15, 2, [1])], block_size=16, group=1, window=None)
+    with pytest.raises(ValueError, match="blocks of 24 positions"):
+        lay_out([(0, 0, 1, [1])], block_size=24, group=1, window=None)
+
+
 def test_a_layout_is_small():
     """One entry a tile and a group of positions, whatever the layers and heads."""
     tiles = lay_out([(0, 1000, 1, list(range(16)))], block_size=64, group=3, window=None)
