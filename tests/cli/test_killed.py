@@ -8,7 +8,7 @@ from tests.cli.command import serving
 from tests.weights.tiny import write_tiny_llama
 from tramontane import Client
 
-OPTIONS = {"max_tokens": 600, "temperature": 0.9, "seed": 11, "logprobs": 1, "frequency_penalty": 0.4}
+OPTIONS = {"max_tokens": 1000, "temperature": 0.9, "seed": 11, "logprobs": 1, "frequency_penalty": 0.4}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,6 @@ def test_the_reply_is_the_same_on_other_ranks(model):
                 with serving(model, "--local", "--tp", "3", "--port", str(ready["port"])):
                     reply = stream.result()
     assert (want.resumed, reply.resumed) == (0, 1)
-    assert len(reply.token_ids) == 600
+    assert len(reply.token_ids) == 1000
     for name in ("text", "token_ids", "logprobs", "finish_reason", "seed", "numerics"):
         assert getattr(reply, name) == getattr(want, name), name

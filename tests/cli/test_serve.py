@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.cli.command import finish, refused, run, serving, spawn
+from tests.weights.tiny import write_tiny_llama
 from tramontane import Client, FinishReason, Reply, Unavailable
 
 
@@ -131,18 +132,18 @@ def test_a_signal_lets_running_replies_finish(tiny, number):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_replies_outlive_their_ranks_while_some_replica_can_be_had(tiny, tmp_path):
+def test_replies_outlive_their_ranks_while_some_replica_can_be_had(tmp_path):
     """With one replica lost, clients that never resume see nothing of it. With all lost, and none to be built
     again, streams end UNAVAILABLE and the server fails with one line."""
     model = tmp_path / "model.gguf"
-    model.write_bytes(tiny.read_bytes())
+    write_tiny_llama(model, hidden=96, heads=6, kv_heads=3, ffn=160, context=2048)
     arguments = ["--tp", "2", "--replicas", "2", "--rebuilds", "1"]
     with serving(model, *arguments) as (process, ready), Client(ready["address"], resumes=0) as client:
         assert ready["replicas"] == 2
         pids = [int(line.rpartition("pid ")[2]) for line in ready["ranks"]]
 
         def ask(seed: int) -> Reply:
-            options = {"max_tokens": 240, "ignore_eos": True, "logprobs": 1, "temperature": 0.9}
+            options = {"max_tokens": 1500, "ignore_eos": True, "logprobs": 1, "temperature": 0.9}
             return client.generate("x", seed=seed, timeout=90, **options)
 
         def ask_together_and_kill(*ranks: int) -> list[Reply | Exception]:

@@ -17,7 +17,7 @@ from runtime.config import EngineConfig, ModelConfig, ParallelConfig, ServeConfi
 from runtime.errors import InvalidArgument, NotEnough, Unavailable
 from runtime.types import Branch, EngineInfo, Finished, FinishReason, Request, SamplingParams, TokenOutput
 from tests.replies import ask
-from tests.rule.engines import assert_same, plain_replies
+from tests.rule.engines import assert_same, lose_ranks, plain_replies
 from tests.server.scripted import PieceTokenizer, ScriptedEngine, info_for
 
 INFO = info_for(PieceTokenizer())
@@ -297,7 +297,7 @@ def config(tiny):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_real_ranks_that_are_lost_again_and_again(config, replicas, capfd):
+def test_real_ranks_that_are_lost_again_and_again(config, replicas, capfd, monkeypatch):
     """One reply over three losses: the one of a plain run, every logprob too."""
     params = SamplingParams(max_tokens=40, temperature=1.1, seed=4, logprobs=2, presence_penalty=0.5)
     request = Request("r", tuple(range(3, 40)), params)
@@ -306,27 +306,15 @@ def test_real_ranks_that_are_lost_again_and_again(config, replicas, capfd):
 
     async def go(engine):
         async with engine.connect() as client:
-            losing, kills = {9, 10, 30}, []
-
-            class Killer:
-                async def generate(self, request):
-                    async with aclosing(client.generate(request)) as outputs:
-                        async for output in outputs:
-                            if isinstance(output, TokenOutput) and output.index in losing:
-                                losing.discard(output.index)
-                                at = client._running["r"].client
-                                kills.append(output.index)
-                                at._loop.ranks_lost("killed")
-                            yield output
-
             async with asyncio.timeout(60):
-                got, end = await ask(Killer(), request)
-            assert kills == [9, 10, 30] and client.moved == 3
+                got, end = await ask(client, request)
+            assert client.moved == 3
             assert_same([got], [want])
             assert isinstance(end, Finished) and end.completion_tokens == 40
 
     with start_engine(config, local=True, rebuilds=3) as engine:
         assert engine.info.total_blocks > 0
+        lose_ranks(monkeypatch, 10, 1, 20)
         asyncio.run(go(engine))
     assert capfd.readouterr().err.count("is lost: killed") == 3
 

@@ -26,7 +26,8 @@ from tests.support import REPOSITORY
 
 pytestmark = pytest.mark.cluster
 
-CONTEXT = 256
+CONTEXT = 256  # that requests fit into
+LONG = 4096  # the model's: a reply that is not at its end when something dies
 SHAPE = {
     "types": {"*": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q3_K", "ffn_gate": "Q8_0"},
     "heads": 16,
@@ -34,7 +35,7 @@ SHAPE = {
     "head_dim": 16,
     "hidden": 256,
     "ffn": 1280,
-    "context": CONTEXT,
+    "context": LONG,
 }
 REQUESTS = requests(384, CONTEXT, longest=20)
 
@@ -168,7 +169,7 @@ def test_a_killed_rank_ends_every_stream_at_once(local_ray, path, victim):
         pids = made.rank_pids
 
         async def body(channel):
-            tasks = [asyncio.create_task(ask(channel, greedy(f"r{i}", (1, i), 250))) for i in range(4)]
+            tasks = [asyncio.create_task(ask(channel, greedy(f"r{i}", (1, i), LONG - 8))) for i in range(4)]
             while (await channel.load()).running < 4:
                 await asyncio.sleep(0.01)
             started = time.monotonic()
@@ -198,7 +199,7 @@ def test_a_frozen_rank_is_missed(local_ray, path):
         pids = made.rank_pids
 
         async def body(channel):
-            task = asyncio.create_task(ask(channel, greedy("r", (1, 2), 250)))
+            task = asyncio.create_task(ask(channel, greedy("r", (1, 2), LONG - 8)))
             while (await channel.load()).running < 1:
                 await asyncio.sleep(0.01)
             os.kill(pids[1], signal.SIGSTOP)
@@ -223,7 +224,7 @@ def test_an_engine_that_dies_is_noticed(local_ray, path):
         pids = made.rank_pids
 
         async def body(channel):
-            task = asyncio.create_task(ask(channel, greedy("r", (1, 2), 250)))
+            task = asyncio.create_task(ask(channel, greedy("r", (1, 2), LONG - 8)))
             while (await channel.load()).running < 1:
                 await asyncio.sleep(0.01)
             ray.kill(made._engine, no_restart=True)

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.local import LocalEngine
+from runtime.loop import EngineLoop
 from runtime.types import Request
 from tests.replies import Reply, ask_in_turn
 
@@ -50,6 +53,24 @@ def check_idle(made: LocalEngine) -> None:
     made.loop.check(answers.put)
     if error := answers.get(timeout=20):
         raise error
+
+
+def lose_ranks(monkeypatch: pytest.MonkeyPatch, *lives: int, of: EngineLoop | None = None) -> None:
+    """Engines lose their ranks once these have answered so many steps, in the order of their first answers,
+    or one engine alone. Counted where steps come in: an engine may be far ahead of whoever reads."""
+    plain, ahead, left = EngineLoop._step_finished, list(lives), {}
+
+    def step_finished(loop: EngineLoop, result) -> None:
+        plain(loop, result)
+        if of not in (None, loop):
+            return
+        if loop not in left:
+            left[loop] = ahead.pop(0) if ahead else 0
+        left[loop] -= 1
+        if not left[loop]:
+            loop._ranks_lost("killed")
+
+    monkeypatch.setattr(EngineLoop, "_step_finished", step_finished)
 
 
 def assert_same(got: list[Reply], want: list[Reply]) -> None:

@@ -22,10 +22,9 @@ from runtime.types import (
     Request,
     SamplingParams,
     ScoreOutput,
-    TokenOutput,
 )
 from tests.replies import ask_choices
-from tests.rule.engines import assert_same, check_idle, engine, plain_replies
+from tests.rule.engines import assert_same, check_idle, engine, lose_ranks, plain_replies
 from tests.rule.requests import named, requests
 from tests.server.harness import serving
 from tests.server.scripted import EOS, PieceTokenizer, ScriptedEngine, info_for
@@ -504,7 +503,7 @@ def test_real_engines_cut_at_every_point(model):
         check_idle(two)
 
 
-def test_real_ranks_are_lost_in_company(model):
+def test_real_ranks_are_lost_in_company(model, monkeypatch):
     """Many streams on two replicas, one of which loses its ranks for good: every reply is the plain one."""
     wanted = requests(384, 128, count=8, longest=16)
     plain = plain_replies(model, wanted)
@@ -514,18 +513,8 @@ def test_real_ranks_are_lost_in_company(model):
         client = Replicas([info, info], returning=False)
         client.put(0, first.client, info)
         client.put(1, second.client, info)
-        tokens = itertools.count()
-
-        class Counting:
-            async def generate(self, request):
-                async with aclosing(client.generate(request)) as outputs:
-                    async for output in outputs:
-                        if isinstance(output, TokenOutput) and next(tokens) == 30:
-                            first.loop.ranks_lost("killed")
-                        yield output
-
         async with asyncio.timeout(60):
-            found = await asyncio.gather(*(ask_choices(Counting(), request) for request in wanted))
+            found = await asyncio.gather(*(ask_choices(client, request) for request in wanted))
         assert_same([reply for [(reply, _)] in found], plain)
         assert client.moved > 0
         with pytest.raises(Unavailable, match="killed"):
@@ -533,6 +522,7 @@ def test_real_ranks_are_lost_in_company(model):
             await collect(client, wanted[0])
 
     with engine(model, block_size=16) as one, engine(model, block_size=16) as two:
+        lose_ranks(monkeypatch, 5, of=one.loop)
         asyncio.run(go(one, two))
         check_idle(two)
 
