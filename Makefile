@@ -56,7 +56,7 @@ $(VENV)/bin/python:
 	  { echo "error: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "error: $(PYTHON) lacks its venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
-	@echo "Setting up $(VENV); the first time this downloads some 400 MB"
+	@echo "Setting up $(VENV); the first time this downloads some 400 MB, or several GB with torch for CUDA"
 	@$(PYTHON) -m venv $(VENV)
 
 clean:

@@ -4,13 +4,14 @@
     python bench/speculation.py MODEL.gguf --threads 1 --cpu-time     where others use the machine too
     python bench/speculation.py MODEL.gguf --quick                seconds: shows that it works, no figures
 
-Two engines of one chat model stand side by side in this process and take turns, stretches of a reply within
-moments of each other (see bench/turns.py), in an order that changes. Replies must be the same, tokens and
-logprobs, bit for bit; the first round compares logprobs and is not timed. Every round does the same work, so
-of each stretch the round counts in which both together were quickest: machines that are shared are slowed
-down, never sped up. Tokens count from when as many have come as there are streams. A gain is on / off, its
-range what it would be without one round or another. "Copied" are the tokens of a reply that stand in runs of
-eight that the prompt has too. JSON on standard output, a table on standard error.
+Three engines of one chat model stand side by side in this process and take turns, stretches of a reply within
+moments of each other (see bench/turns.py), in an order that changes: one with guesses, two without, so that
+what the bench finds between two that are alike is seen too. Two engines of one model differ by some percent
+for as long as they live, by where their weights lie, so each takes another's part in the next round. Replies
+must be the same, tokens and logprobs, bit for bit; the first round compares logprobs and is not timed. Every
+round does the same work: of each stretch the median round counts. Tokens count from when as many have come as
+there are streams. A gain is on / off, its range that of the rounds. "Copied" are tokens of a reply that stand
+in runs of eight that the prompt has too. JSON on standard output, a table on standard error.
 """
 
 from __future__ import annotations
@@ -40,34 +41,35 @@ from runtime.tokenizer.chat import render_chat
 from runtime.types import Request, SamplingParams
 
 TEMPERATURES = (0.0, 0.7)
-STRETCH = 16  # tokens of a stream in a turn
+SIDES = ("on", "off", "again")  # with guesses, without, and without once more
 RUN = 8  # tokens that must agree to count as copied
 
 
 @dataclass(slots=True)
 class Case:
-    """Requests that are sent at once, and what came of them: seconds of each stretch with guesses and
-    without, an entry a round."""
+    """Requests that are sent at once, and what came of them: by round and stretch, each side's seconds."""
 
     name: str
     requests: list[Request]
-    rounds: list[list[tuple[float, float]]] = field(default_factory=list)
+    rounds: list[list[tuple[float, ...]]] = field(default_factory=list)
     reply_tokens: int = 0
     copied: int = 0
     drafted: int = 0
     accepted: int = 0
 
-    def seconds(self, some: Sequence[int]) -> tuple[float, float]:
-        """With guesses and without: the sums over stretches of the least of these rounds."""
-        best = [min((self.rounds[r][at] for r in some), key=sum) for at in range(len(self.rounds[0]))]
-        return sum(on for on, _ in best), sum(off for _, off in best)
+    def seconds(self, some: Sequence[int]) -> tuple[float, ...]:
+        """Of each side: the sum over stretches of the median of these rounds."""
+        stretches = range(len(self.rounds[0]))
+        return tuple(
+            sum(statistics.median(self.rounds[r][at][side] for r in some) for at in stretches)
+            for side in range(len(SIDES))
+        )
 
     def report(self) -> dict:
         rounds = range(len(self.rounds))
-        left_out = [[r for r in rounds if r != out] or list(rounds) for out in rounds]
-        gains = [off / on for on, off in map(self.seconds, left_out)]
-        on, off = self.seconds(rounds)
-        turns = [off / on for pieces in self.rounds for on, off in pieces[:-1] or pieces]
+        gains = [off / on for on, off, _ in (self.seconds([number]) for number in rounds)]
+        on, off, again = self.seconds(rounds)
+        turns = [off / on for pieces in self.rounds for on, off, _ in pieces[:-1] or pieces]
         tokens = self.reply_tokens - len(self.requests)
         return {
             "on_tokens_per_s": round(tokens / on, 2),
@@ -75,6 +77,7 @@ class Case:
             "gain": round(off / on, 3),
             "gain_range": [round(min(gains), 3), round(max(gains), 3)],
             "gain_of_median_turn": round(statistics.median(turns), 3),
+            "gain_of_none": round(again / off, 3),
             "reply_tokens": self.reply_tokens,
             "copied_tokens": self.copied,
             "drafted_tokens": self.drafted,
@@ -118,33 +121,46 @@ def cases(
             yield Case(f"{streams} streams, {kind}, {_how(temperature)}", requests)
 
 
-def play(case: Case, on: LocalEngine, off: LocalEngine, number: int, clock: Clock) -> None:
+def guess(engine: LocalEngine, most: int) -> None:
+    """From the next request on, so many guesses a step at most."""
+    inner = engine.loop._engine
+    for part in (inner, inner._scheduler):
+        part.config = replace(part.config, draft_tokens=most)
+
+
+def play(case: Case, engines: Sequence[LocalEngine], draft_tokens: int, number: int, clock: Clock) -> None:
     """One round of a case; number 0 compares logprobs and is not timed. Raises SystemExit where the replies
     are not the same."""
     requests = case.requests
     if number == 0:
         requests = [replace(r, params=replace(r.params, logprobs=1)) for r in requests]
-    sides = {"on": Turns(on, requests, clock), "off": Turns(off, requests, clock)}
+    playing = {}
+    for at, side in enumerate(SIDES):
+        engine = engines[(at + number) % len(engines)]
+        guess(engine, draft_tokens if side == "on" else 0)
+        playing[side] = Turns(engine, requests, clock)
+    orders = itertools.cycle(itertools.permutations(SIDES))
     stretches = []
     whole = case.reply_tokens if number else 0
-    for turn, target in enumerate(range(len(requests), whole, STRETCH * len(requests))):
-        order = ("on", "off") if (turn + number) % 2 else ("off", "on")
-        seconds = {side: sides[side].until(target) for side in order}
+    # In tokens of a stream: more than the most that come of one step, so that every turn has a step in it.
+    stretch = draft_tokens + 2
+    for turn, target in enumerate(range(len(requests), whole, stretch * len(requests))):
+        seconds = {side: playing[side].until(target) for side in next(orders)}
         if turn:  # the first has the prompts in it
-            stretches.append((max(seconds["on"], 1e-9), max(seconds["off"], 1e-9)))
-    order = ("on", "off") if number % 2 else ("off", "on")
+            stretches.append(tuple(max(seconds[side], 1e-9) for side in SIDES))
     traces, last = {}, {}
-    for side in order:
-        last[side] = sides[side].until(whole)
-        traces[side] = sides[side].finish()
+    for side in next(orders):
+        last[side] = playing[side].until(whole)
+        traces[side] = playing[side].finish()
     if number:
-        case.rounds.append([*stretches, (last["on"], last["off"])])
-    with_, without = traces["on"], traces["off"]
-    for mine, plain in zip(with_, without, strict=True):
-        if [_bits(t) for t in mine.tokens] != [_bits(t) for t in plain.tokens]:
-            raise SystemExit(f"{case.name}: speculation changed the reply to {mine.finished.request_id}")
+        case.rounds.append([*stretches, tuple(last[side] for side in SIDES)])
+    for found in zip(*(traces[side] for side in SIDES), strict=True):
+        mine, *plain = ([_bits(t) for t in trace.tokens] for trace in found)
+        if any(mine != other for other in plain):
+            raise SystemExit(f"{case.name}: speculation changed the reply to {found[0].finished.request_id}")
     if number:
         return
+    with_ = traces["on"]
     ended = [trace.finished for trace in with_]
     case.reply_tokens = sum(len(trace.tokens) for trace in with_)
     case.copied = sum(copied(r.prompt, t.ids) for r, t in zip(requests, with_, strict=True))
@@ -173,7 +189,7 @@ def _how(temperature: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a chat model: a GGUF file or a folder")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--streams", type=int, default=16, help="at once, in the last cases; 0: none")
     parser.add_argument("--max-tokens", type=int, default=320)
     parser.add_argument("--draft-tokens", type=int, default=EngineConfig().draft_tokens)
@@ -196,7 +212,7 @@ def main() -> None:
     longest = max(map(len, prompts.values())) + args.max_tokens
     played = [c for c in cases(prompts, stop, args.streams, args.max_tokens) if c.requests]
     with ExitStack() as stack:
-        on, off = (
+        engines = [
             stack.enter_context(
                 local_engine(
                     args.model,
@@ -204,20 +220,19 @@ def main() -> None:
                     positions=(args.streams + 1) * (longest + 128),
                     threads=args.threads,
                     prefix_cache=False,
-                    draft_tokens=count,
                 )
             )
-            for count in (args.draft_tokens, 0)
-        )
+            for _ in SIDES
+        ]
         for number in range(args.rounds + 1):
             for case in played:
-                play(case, on, off, number, clock)
+                play(case, engines, args.draft_tokens, number, clock)
                 rates = "the same bits"
                 if number:
-                    on_s, off_s = case.seconds([number - 1])
+                    on_s, off_s, _ = case.seconds([number - 1])
                     rates = f"{off_s:.2f} s off, {on_s:.2f} s on"
                 print(f"round {number} of {args.rounds}, {case.name}: {rates}", file=sys.stderr)
-        numerics = on.client._info.numerics
+        numerics = engines[0].client._info.numerics
     found = {case.name: case.report() for case in played}
     result = about() | {
         "model": Path(args.model).name,
@@ -240,14 +255,14 @@ def main() -> None:
             f"{of['on_tokens_per_s']:.1f}",
             f"{of['gain']:.2f}x ({of['gain_range'][0]:.2f} to {of['gain_range'][1]:.2f})",
             f"{of['gain_of_median_turn']:.2f}x",
+            f"{of['gain_of_none']:.2f}x",
             f"{of['accepted_tokens']} of {of['drafted_tokens']}",
             f"{of['copied_tokens']} of {of['reply_tokens']}",
         ]
         for name, of in found.items()
     ]
-    show(
-        result, ["", "off, tok/s", "on, tok/s", "gain", "of the median turn", "guesses right", "copied"], rows
-    )
+    headings = ["", "off, tok/s", "on, tok/s", "gain", "of the median turn", "of nothing"]
+    show(result, [*headings, "guesses right", "copied"], rows)
 
 
 if __name__ == "__main__":

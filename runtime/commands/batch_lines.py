@@ -6,7 +6,7 @@ Two forms, told apart line by line, and each answered in its own:
     {"custom_id": ..., "prompt" or "messages": ..., sampling fields}                       plain
 
 The body's fields are OpenAI's, and the client library's beside them; a plain line's are the client library's
-alone. A field that is not served is refused, never ignored.
+alone. A field that is not served is refused, but for a few without influence on a reply.
 """
 
 from __future__ import annotations

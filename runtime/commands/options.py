@@ -53,7 +53,12 @@ DraftTokens = Annotated[
 MaxStepTokens = Annotated[int, typer.Option(help="Most tokens of one forward step.")]
 KvMemory = Annotated[
     int | None,
-    typer.Option(parser=_size, metavar="SIZE", help="Memory a rank keeps for KV, as 512MiB or 2GiB."),
+    typer.Option(
+        parser=_size,
+        metavar="SIZE",
+        help="Memory a rank keeps for KV, as 512MiB or 2GiB. By default on a CPU a quarter of what is free, "
+        "shared by all ranks, at most 512MiB but room for one context; on a GPU what is left but 2GiB.",
+    ),
 ]
 Dtype = Annotated[
     str,

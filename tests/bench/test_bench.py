@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import runpy
 import sys
 
 import pytest
 
-from bench.speculation import copied
+from bench.speculation import copied, guess
 from kernels.native import machine
+from tests.replies import ask, greedy
+from tests.rule.engines import engine
 from tests.support import REPOSITORY
 from tests.weights.tiny import write_tiny_llama
 
@@ -55,6 +58,16 @@ def test_speculation(monkeypatch, capsys, tiny):
     result = run(monkeypatch, capsys, "speculation", str(tiny), "--quick")
     assert len(result["cases"]) == 8
     assert all(case["gain"] > 0 and case["reply_tokens"] > 0 for case in result["cases"].values())
+
+
+def test_an_engine_guesses_as_it_is_told(tiny):
+    with engine(tiny) as made:
+        drafted = []
+        for name, most in (("none", 0), ("some", 4), ("none again", 0)):
+            guess(made, most)
+            _, end = asyncio.run(ask(made.client, greedy(name, (1, 2, 3), 40, logit_bias=((7, 100.0),))))
+            drafted.append(end.drafted_tokens)
+    assert drafted[1] > 0 and drafted[::2] == [0, 0]
 
 
 @pytest.mark.cluster

@@ -8,7 +8,7 @@ from kernels.gpu.tree import cut, merges
 
 
 def defined(start: int, stop: int):
-    """The tree as DESIGN words it: split at the largest power of two below n."""
+    """The tree in words: split at the largest power of two below n."""
     if stop - start == 1:
         return start
     half = 1

@@ -38,7 +38,7 @@ def test_units_cover_the_model_once(kv_heads, group, ffn, block, vocab):
     blocks = -(-ffn // block)
     for i, unit in enumerate(units):
         assert unit.heads[1] - unit.heads[0] == (unit.kv_heads[1] - unit.kv_heads[0]) * group
-        assert unit.ffn[0] == i * blocks // len(units) * block  # as DESIGN.md places it
+        assert unit.ffn[0] == i * blocks // len(units) * block
         assert unit.ffn[1] == ffn or unit.ffn[1] % block == 0
 
 
