@@ -41,7 +41,11 @@ class Gathered:
         self._before = [list(choice.ids) for choice in request.resume.choices[:n]]
         self._before += [[] for _ in range(n - len(self._before))]
 
-    def add(self, message: generate_pb2.GenerateResponse) -> Chunk:
+    def add(self, message: generate_pb2.GenerateResponse) -> Chunk | None:
+        """Take in the next message. None where it brings nothing: a stream that is taken up again begins with
+        the last message, text and all, of each choice that has ended, and this one has come before."""
+        if self._ended(message.choice):
+            return None
         logprobs = tuple(
             TokenLogprobs(entry.logprob, tuple(Candidate(top.token_id, top.logprob) for top in entry.top))
             for entry in message.logprobs
@@ -53,6 +57,16 @@ class Gathered:
         if message.HasField("finish"):
             self._finishes[message.choice] = message.finish
         return chunk
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is missing but the stream's status."""
+        return all(map(self._ended, range(len(self._finishes))))
+
+    def _ended(self, choice: int) -> bool:
+        """Whether all of a choice has come; one that was cut off can go on."""
+        finish = self._finishes[choice]
+        return finish is not None and finish.reason in _COMPLETE
 
     def resume(self) -> Resume | None:
         """What asks for the rest; None where nothing has come that must be kept."""

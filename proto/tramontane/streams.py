@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import grpc
 
-from tramontane.errors import Cancelled, Error, from_rpc
+from tramontane.errors import Cancelled, Error, Unavailable, from_rpc
 from tramontane.gathered import Gathered, advances
 from tramontane.retry import Retry
 from tramontane.types import Chunk, Reply, Resume
@@ -44,9 +44,14 @@ class Stream:
             else:
                 if advances(message):
                     self._retry.arrived()
-                return self._gathered.add(message)
+                chunk = self._gathered.add(message)
+                if chunk is None:
+                    continue
+                return chunk
             if self._cancelled.is_set():
                 raise failure
+            if self._gathered.whole and isinstance(failure, Unavailable):
+                raise StopIteration  # it broke before its status, which says nothing more
             if self._cancelled.wait(self._retry.wait(failure)):
                 raise Cancelled("the call was cancelled", grpc.StatusCode.CANCELLED)
             self._call = self._method(self._gathered.request(), timeout=self._retry.remaining())
@@ -118,9 +123,14 @@ class AsyncStream:
                     raise StopAsyncIteration
                 if advances(message):
                     self._retry.arrived()
-                return self._gathered.add(message)
+                chunk = self._gathered.add(message)
+                if chunk is None:
+                    continue
+                return chunk
             if self._cancelled.is_set():
                 raise failure
+            if self._gathered.whole and isinstance(failure, Unavailable):
+                raise StopAsyncIteration  # it broke before its status, which says nothing more
             wait = self._retry.wait(failure)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._cancelled.wait(), wait)

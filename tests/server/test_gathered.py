@@ -1,0 +1,105 @@
+"""What the client makes of a reply's messages, however often its stream breaks."""
+
+import asyncio
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.errors import Unavailable
+from runtime.server import convert
+from runtime.server.pipeline import Pipeline
+from runtime.types import Finished, FinishReason, TokenOutput
+from tests.server.harness import ask
+from tests.server.scripted import PieceTokenizer, ScriptedEngine, info_for
+from tramontane.gathered import Gathered
+
+NUMBERS = itertools.count()  # no two requests of an engine have one name
+
+
+def answered(pipeline, request):
+    """All messages of the server's answer."""
+
+    async def collect():
+        name = f"r{next(NUMBERS)}"
+        pieces = pipeline.run(convert.completion(request, name, None))
+        return [convert.response(piece, name, "m") async for piece in pieces]
+
+    return asyncio.run(collect())
+
+
+def told(reply):
+    """What a user has of a reply, but for what says how it came."""
+    return [(each.text, each.token_ids, each.logprobs, each.finish_reason) for each in reply.choices]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.text("abcé", min_size=1, max_size=8),
+    st.lists(st.text("abcé", min_size=1, max_size=4), max_size=2),
+    st.integers(1, 3),
+    st.integers(1, 10),
+    st.lists(st.integers(0, 1000), max_size=4),
+)
+def test_a_stream_that_breaks_between_any_two_messages(text, stops, n, max_tokens, places):
+    """Also after the last message of some choices, or of all."""
+    tokenizer = PieceTokenizer()
+    pipeline = Pipeline(tokenizer, None, ScriptedEngine(text.encode()), info_for(tokenizer))
+    request = ask(stop=stops, max_tokens=max_tokens, seed=3, logprobs=1)
+    request.n = n
+    whole, broken = Gathered(request), Gathered(request)
+    for message in answered(pipeline, request):
+        whole.add(message)
+    shown = [""] * n
+    for place in [*places, None]:
+        messages = answered(pipeline, broken.request())
+        for message in messages if place is None else messages[: place % (len(messages) + 1)]:
+            chunk = broken.add(message)
+            if chunk is not None:
+                shown[chunk.choice] += chunk.text
+    want = whole.reply(0)
+    assert told(broken.reply(0)) == told(want)
+    assert shown == [choice.text for choice in want.choices]
+
+
+class HalfDone(ScriptedEngine):
+    """Choice 0 ends; choice 1, if it was asked for, goes on to its end only after `breaks` failures."""
+
+    def __init__(self, breaks):
+        super().__init__()
+        self.breaks = breaks
+
+    async def generate(self, request):
+        self.requests.append(request)
+        name = request.request_id
+        for branch in request.branches:
+            for index in range(len(branch.reply), 3 if branch.choice == 0 else 1):
+                yield TokenOutput(name, index, b"abc"[index], choice=branch.choice)
+            if branch.choice == 0:
+                yield Finished(name, FinishReason.LENGTH, 3, 0, 3, choice=0, last=False)
+        if len(self.requests) <= self.breaks:
+            raise Unavailable("the engine is gone")
+        for index in range(1, 3):
+            yield TokenOutput(name, index, b"abc"[index], choice=1)
+        yield Finished(name, FinishReason.LENGTH, 3, 0, 3, choice=1, last=True)
+
+
+def test_text_that_was_held_back_comes_once(talk):
+    engine = HalfDone(breaks=2)
+
+    def conversation(client):
+        with client.stream_generate("hi", n=2, max_tokens=3, stop=["cz"], seed=1) as stream:
+            chunks = list(stream)
+            return chunks, stream.reply
+
+    chunks, reply = talk(engine, conversation, resumes=2)
+    for choice in range(2):
+        assert "".join(chunk.text for chunk in chunks if chunk.choice == choice) == "abc"
+    assert [(choice.text, choice.token_ids) for choice in reply.choices] == [("abc", (97, 98, 99))] * 2
+
+
+def test_a_reply_that_is_whole_needs_no_status(talk):
+    engine = HalfDone(breaks=10)
+    options = {"max_tokens": 3, "stop": ["cz"]}
+    reply = talk(engine, lambda client: client.generate("hi", **options), resumes=2)
+    assert (reply.text, reply.resumed, len(engine.requests)) == ("abc", 0, 1)
