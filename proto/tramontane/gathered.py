@@ -58,6 +58,12 @@ class Gathered:
             self._finishes[message.choice] = message.finish
         return chunk
 
+    def advances(self, message: generate_pb2.GenerateResponse) -> bool:
+        """Whether a message that is not added yet brings the reply further: it has tokens, or ends a choice
+        other than by failing, and does not say again how one ended."""
+        news = bool(message.token_ids) or message.finish.reason in _COMPLETE
+        return news and not self._ended(message.choice)
+
     @property
     def whole(self) -> bool:
         """Whether nothing is missing but the stream's status."""
@@ -154,8 +160,3 @@ class GatheredScore:
             raise Error("the server ended the stream without its last message")
         finish = self._finish
         return Score(tuple(self._tokens), finish.numerics, finish.model, finish.request_id)
-
-
-def advances(message: generate_pb2.GenerateResponse) -> bool:
-    """Whether a message brings a reply further: it has tokens, or ends a choice other than by failing."""
-    return bool(message.token_ids) or message.finish.reason in _COMPLETE

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import grpc
 
 from tramontane.errors import Cancelled, Error, Unavailable, from_rpc
-from tramontane.gathered import Gathered, advances
+from tramontane.gathered import Gathered
 from tramontane.retry import Retry
 from tramontane.types import Chunk, Reply, Resume
 from tramontane.v1 import generate_pb2
@@ -42,7 +42,7 @@ class Stream:
             except grpc.RpcError as error:
                 failure = from_rpc(error)
             else:
-                if advances(message):
+                if self._gathered.advances(message):
                     self._retry.arrived()
                 chunk = self._gathered.add(message)
                 if chunk is None:
@@ -121,7 +121,7 @@ class AsyncStream:
             else:
                 if message is grpc.aio.EOF:
                     raise StopAsyncIteration
-                if advances(message):
+                if self._gathered.advances(message):
                     self._retry.arrived()
                 chunk = self._gathered.add(message)
                 if chunk is None:

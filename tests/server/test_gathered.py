@@ -3,10 +3,12 @@
 import asyncio
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.errors import Unavailable
+import tramontane
+from runtime.errors import QueueFull, Unavailable
 from runtime.server import convert
 from runtime.server.pipeline import Pipeline
 from runtime.types import Finished, FinishReason, TokenOutput
@@ -65,9 +67,10 @@ def test_a_stream_that_breaks_between_any_two_messages(text, stops, n, max_token
 class HalfDone(ScriptedEngine):
     """Choice 0 ends; choice 1, if it was asked for, goes on to its end only after `breaks` failures."""
 
-    def __init__(self, breaks):
+    def __init__(self, breaks, later=None):
         super().__init__()
         self.breaks = breaks
+        self.later = later or Unavailable("the engine is gone")  # failures after the first
 
     async def generate(self, request):
         self.requests.append(request)
@@ -78,7 +81,7 @@ class HalfDone(ScriptedEngine):
             if branch.choice == 0:
                 yield Finished(name, FinishReason.LENGTH, 3, 0, 3, choice=0, last=False)
         if len(self.requests) <= self.breaks:
-            raise Unavailable("the engine is gone")
+            raise Unavailable("the engine is gone") if len(self.requests) == 1 else self.later
         for index in range(1, 3):
             yield TokenOutput(name, index, b"abc"[index], choice=1)
         yield Finished(name, FinishReason.LENGTH, 3, 0, 3, choice=1, last=True)
@@ -96,6 +99,7 @@ def test_text_that_was_held_back_comes_once(talk):
     for choice in range(2):
         assert "".join(chunk.text for chunk in chunks if chunk.choice == choice) == "abc"
     assert [(choice.text, choice.token_ids) for choice in reply.choices] == [("abc", (97, 98, 99))] * 2
+    assert reply.resumed == 1, "the second break came before anything new"
 
 
 def test_a_reply_that_is_whole_needs_no_status(talk):
@@ -103,3 +107,22 @@ def test_a_reply_that_is_whole_needs_no_status(talk):
     options = {"max_tokens": 3, "stop": ["cz"]}
     reply = talk(engine, lambda client: client.generate("hi", **options), resumes=2)
     assert (reply.text, reply.resumed, len(engine.requests)) == ("abc", 0, 1)
+
+
+def test_what_has_come_before_is_no_progress(talk):
+    """A client would never give up a server that can say no more than how choice 0 ended."""
+    engine = HalfDone(breaks=20)
+
+    def conversation(client):
+        with pytest.raises(tramontane.Unavailable, match="the engine is gone"):
+            client.generate("hi", n=2, max_tokens=3, stop=["cz"], seed=1)
+        return True
+
+    assert talk(engine, conversation, resumes=2)
+    assert len(engine.requests) == 3
+
+
+def test_a_full_queue_after_a_last_message_that_came_again_is_waited_for(talk):
+    engine = HalfDone(breaks=2, later=QueueFull(0.05))
+    reply = talk(engine, lambda client: client.generate("hi", n=2, max_tokens=3, stop=["cz"]), resumes=3)
+    assert ([choice.text for choice in reply.choices], reply.resumed) == (["abc", "abc"], 1)
