@@ -33,17 +33,20 @@ class Gathered:
 
     def __init__(self, request: generate_pb2.GenerateRequest):
         self._request = request
-        n = max(1, request.n)
-        self._chunks: list[list[Chunk]] = [[] for _ in range(n)]
-        self._finishes: list[generate_pb2.Finish | None] = [None] * n
+        # Nothing is held a choice before it has come: the server may refuse this many.
+        self._n = max(1, request.n)
+        self._chunks: dict[int, list[Chunk]] = {}
+        self._finishes: dict[int, generate_pb2.Finish] = {}
         self._begin: generate_pb2.Begin | None = None
         # What came before the first call: the user's own, where the request brought tokens itself.
-        self._before = [list(choice.ids) for choice in request.resume.choices[:n]]
-        self._before += [[] for _ in range(n - len(self._before))]
+        self._before = [tuple(choice.ids) for choice in request.resume.choices[: self._n]]
 
     def add(self, message: generate_pb2.GenerateResponse) -> Chunk | None:
         """Take in the next message. None where it brings nothing: a stream that is taken up again begins with
-        the last message, text and all, of each choice that has ended, and this one has come before."""
+        the last message, text and all, of each choice that has ended, and this one has come before. Raises
+        Error for a choice that was not asked for."""
+        if message.choice >= self._n:
+            raise Error(f"the server sent choice {message.choice} of a reply with {self._n}")
         if self._ended(message.choice):
             return None
         logprobs = tuple(
@@ -53,7 +56,7 @@ class Gathered:
         chunk = Chunk(message.text, tuple(message.token_ids), logprobs, message.choice)
         if message.HasField("begin"):
             self._begin = message.begin
-        self._chunks[message.choice].append(chunk)
+        self._chunks.setdefault(message.choice, []).append(chunk)
         if message.HasField("finish"):
             self._finishes[message.choice] = message.finish
         return chunk
@@ -67,21 +70,20 @@ class Gathered:
     @property
     def whole(self) -> bool:
         """Whether nothing is missing but the stream's status."""
-        return all(map(self._ended, range(len(self._finishes))))
+        return len(self._finishes) == self._n and all(map(self._ended, self._finishes))
 
     def _ended(self, choice: int) -> bool:
         """Whether all of a choice has come; one that was cut off can go on."""
-        finish = self._finishes[choice]
+        finish = self._finishes.get(choice)
         return finish is not None and finish.reason in _COMPLETE
 
     def resume(self) -> Resume | None:
         """What asks for the rest; None where nothing has come that must be kept."""
         if self._begin is None:
             return None
-        tokens = [
-            (*before, *(token for chunk in chunks for token in chunk.token_ids))
-            for before, chunks in zip(self._before, self._chunks, strict=True)
-        ]
+        tokens = [self._before[i] if i < len(self._before) else () for i in range(self._n)]
+        for choice, chunks in self._chunks.items():
+            tokens[choice] += tuple(token for chunk in chunks for token in chunk.token_ids)
         begin = self._begin
         return Resume(tuple(tokens), begin.numerics, begin.seed, begin.prompt_digest)
 
@@ -97,11 +99,9 @@ class Gathered:
 
     def reply(self, resumed: int) -> Reply | None:
         """The whole reply, None where the last message of a choice has not come."""
-        if None in self._finishes:
+        if len(self._finishes) < self._n:
             return None
-        choices = tuple(
-            self._choice(chunks, finish) for chunks, finish in zip(self._chunks, self._finishes, strict=True)
-        )
+        choices = tuple(self._choice(self._chunks[i], self._finishes[i]) for i in range(self._n))
         finish, first = self._finishes[0], choices[0]
         return Reply(
             text=first.text,
@@ -114,8 +114,8 @@ class Gathered:
                 finish.usage.prompt_tokens,
                 finish.usage.cached_tokens,
                 sum(choice.completion_tokens for choice in choices),
-                sum(finish.usage.drafted_tokens for finish in self._finishes),
-                sum(finish.usage.accepted_tokens for finish in self._finishes),
+                sum(finish.usage.drafted_tokens for finish in self._finishes.values()),
+                sum(finish.usage.accepted_tokens for finish in self._finishes.values()),
             ),
             seed=finish.seed,
             numerics=finish.numerics,

@@ -107,6 +107,7 @@ BAD = {
     "long": (plain(0, max_tokens=100_000), "max_tokens", 400),
     "chat": ({"custom_id": "r", "messages": [{"role": "user"}]}, "messages[0]", 400),
     "seed": (plain(0, seed=1 << 70), "seed", 400),
+    "choices": (plain(0, n=2**31 - 1), "n", 400),
     "url": (openai("r", "/v1/embeddings", input="x"), "url", 400),
     "body": ({"custom_id": "r", "method": "POST", "url": CHAT}, "body", 400),
     "stream": (openai("r", messages=[], stream=True), "stream", 400),

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from runtime.types import Finished, FinishReason, TokenOutput
 from tests.server.harness import ask
 from tests.server.scripted import PieceTokenizer, ScriptedEngine, info_for
 from tramontane.gathered import Gathered
+from tramontane.v1 import generate_pb2
 
 NUMBERS = itertools.count()  # no two requests of an engine have one name
 
@@ -126,3 +128,36 @@ def test_a_full_queue_after_a_last_message_that_came_again_is_waited_for(talk):
     engine = HalfDone(breaks=2, later=QueueFull(0.05))
     reply = talk(engine, lambda client: client.generate("hi", n=2, max_tokens=3, stop=["cz"]), resumes=3)
     assert ([choice.text for choice in reply.choices], reply.resumed) == (["abc", "abc"], 1)
+
+
+def test_a_number_of_choices_that_no_server_takes_costs_nothing(talk):
+    tracemalloc.start()
+    try:
+        gathered = Gathered(generate_pb2.GenerateRequest(n=200_000))
+        assert (gathered.resume(), gathered.reply(0), gathered.whole) == (None, None, False)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+    def conversation(client):
+        with pytest.raises(tramontane.InvalidRequest) as caught:
+            client.generate("hi", n=1_000_000)
+        return caught.value.message
+
+    assert talk(ScriptedEngine(b"a"), conversation).startswith("n: ")
+
+
+def test_a_choice_that_was_not_asked_for_is_refused():
+    gathered = Gathered(generate_pb2.GenerateRequest(n=2))
+    with pytest.raises(tramontane.Error, match="choice 2 of a reply with 2"):
+        gathered.add(generate_pb2.GenerateResponse(choice=2, token_ids=[1]))
+
+
+def test_tokens_that_the_user_had_stay_with_their_choice():
+    request = generate_pb2.GenerateRequest(n=3)
+    for ids in ([1, 2], [3]):
+        request.resume.choices.add().ids.extend(ids)
+    gathered = Gathered(request)
+    gathered.add(generate_pb2.GenerateResponse(choice=2, token_ids=[5], begin={"seed": 3, "numerics": "x"}))
+    gathered.add(generate_pb2.GenerateResponse(choice=0, token_ids=[4]))
+    assert gathered.resume().token_ids == ((1, 2, 4), (3,), (5,))
