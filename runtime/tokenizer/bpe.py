@@ -15,7 +15,7 @@ from runtime.errors import BadModelFile, UnsupportedModel
 from runtime.tokenizer.spm import EncodeText
 from runtime.tokenizer.vocabulary import KEY, Kind, Vocabulary, gguf_merges
 
-__all__ = ["PRE_TOKENIZERS", "bpe_encoder", "pre_tokenizer"]
+__all__ = ["PRE_TOKENIZERS", "bpe_encoder", "library_ids", "pre_tokenizer"]
 
 # Contractions, words, numbers, other signs and white space, each with the space before it. Source: GPT-2.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -70,10 +70,13 @@ def bpe_encoder(metadata: dict[str, Any], vocabulary: Vocabulary, file: str) -> 
         raise BadModelFile(file, KEY + "merges", f"tokenizers refuses it: {error}") from None
     tokenizer.pre_tokenizer = pre_tokenizer(pre)
 
-    def encode(text: str, after_control: bool) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+    return lambda text, after_control: library_ids(tokenizer, text)
 
-    return encode
+
+def library_ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    """The tokens of a plain text. The library lets other threads go on while it encodes a batch, be it of one
+    text, and not while it encodes a text alone: a prompt of some megabytes takes it seconds."""
+    return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
 
 
 def pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:

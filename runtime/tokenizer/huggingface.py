@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 
 from runtime.errors import BadModelFile, NotFound, UnsupportedModel
+from runtime.tokenizer.bpe import library_ids
 from runtime.tokenizer.chat import MISTRAL_TEMPLATE
 from runtime.tokenizer.spm import load_processor, spm_encoder
 from runtime.tokenizer.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ def _from_json(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     )  # fmt: skip
 
     def encode(text: str, after_control: bool) -> list[int]:
-        return (later if after_control else first).encode(text, add_special_tokens=False).ids
+        return library_ids(later if after_control else first, text)
 
     strips = {
         token: (added.lstrip, added.rstrip)
