@@ -120,7 +120,7 @@ def _set_sampling(params: sampling_pb2.SamplingParams, name: str, value: object)
         case "logit_bias":
             try:
                 params.logit_bias.update(value)
-            except (TypeError, ValueError, AttributeError) as error:
+            except (TypeError, ValueError, OverflowError, AttributeError) as error:
                 raise InvalidRequest(f"logit_bias: {error}") from None
         case "stop":
             _extend(params.stop, name, [value] if isinstance(value, str) else value)
@@ -133,14 +133,14 @@ def _set_sampling(params: sampling_pb2.SamplingParams, name: str, value: object)
 def _set(message, name: str, value: object, shown: str = "") -> None:
     try:
         setattr(message, name, value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest(f"{shown or name}: {error}") from None
 
 
 def _extend(repeated, name: str, values) -> None:
     try:
         repeated.extend(values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest(f"{name}: {error}") from None
 
 

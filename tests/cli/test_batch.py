@@ -108,6 +108,8 @@ BAD = {
     "chat": ({"custom_id": "r", "messages": [{"role": "user"}]}, "messages[0]", 400),
     "seed": (plain(0, seed=1 << 70), "seed", 400),
     "choices": (plain(0, n=2**31 - 1), "n", 400),
+    "huge": (plain(0, top_p=10**400), "top_p", 400),
+    "bias": (plain(0, logit_bias={"1": 10**400}), "logit_bias", 400),
     "url": (openai("r", "/v1/embeddings", input="x"), "url", 400),
     "body": ({"custom_id": "r", "method": "POST", "url": CHAT}, "body", 400),
     "stream": (openai("r", messages=[], stream=True), "stream", 400),
