@@ -1,7 +1,9 @@
 """The engine's end of the step channel: plans out, results back, over one TCP connection a rank.
 
 Ranks send heartbeats, two a second, whatever they compute. A rank that is silent for four seconds, or
-hangs up, ends the group: a step cannot go on without any of its ranks, whatever their stage.
+hangs up, ends the group: a step cannot go on without any of its ranks, whatever their stage. A rank that
+computes reads nothing meanwhile; what its connection does not take then waits here, in an outbox that holds
+no more than the plans the engine has in flight.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from runtime.errors import Unavailable
 from runtime.types import StepPlan, StepResult
 from runtime.wire.connection import Connection
 from runtime.wire.messages import Hello, WireError, encode
+from runtime.wire.outbox import Outbox
 
 SILENCE_SECONDS = 4.0
 JOIN_SECONDS = 120.0
@@ -24,6 +27,7 @@ class TcpRanks:
     def __init__(self, ranks: int):
         self._ranks = ranks
         self._connections: dict[int, Connection] = {}
+        self._outboxes: list[Outbox] = []
         self._changed = threading.Condition()
         self._closing = False
         self._on_lost: Callable[[str], None] = lambda detail: None
@@ -44,25 +48,34 @@ class TcpRanks:
     def start(self, on_result: Callable[[StepResult], None], on_lost: Callable[[str], None]) -> None:
         self._on_lost = on_lost
         for rank, connection in self._connections.items():
+            outbox = Outbox(connection)
+            self._outboxes.append(outbox)
             threading.Thread(
-                target=self._read, args=(rank, connection, on_result), name=f"rank-{rank}", daemon=True
+                target=self._read,
+                args=(rank, connection, outbox, on_result),
+                name=f"rank-{rank}",
+                daemon=True,
             ).start()
 
     def submit(self, plan: StepPlan) -> None:
         frame = encode("plan", plan)
-        for rank, connection in self._connections.items():
-            try:
-                connection.send_frame(frame)
-            except WireError as error:
-                self._on_lost(f"rank {rank} is lost: {error}")
-                return
+        for outbox in self._outboxes:
+            outbox.send(frame)  # if the rank is gone, its reader hears that too, and tells
 
     def close(self) -> None:
         self._closing = True
-        for connection in self._connections.values():
+        for outbox in self._outboxes:
+            outbox.close()
+        for connection in self._connections.values():  # without outboxes, if nothing was started
             connection.close()
 
-    def _read(self, rank: int, connection: Connection, on_result: Callable[[StepResult], None]) -> None:
+    def _read(
+        self,
+        rank: int,
+        connection: Connection,
+        outbox: Outbox,
+        on_result: Callable[[StepResult], None],
+    ) -> None:
         try:
             while True:
                 kind, body = connection.receive()
@@ -71,5 +84,6 @@ class TcpRanks:
                 elif kind == "failed":
                     raise WireError(str(body))
         except WireError as error:
+            outbox.close()
             if not self._closing:
                 self._on_lost(f"rank {rank} is lost: {error}")

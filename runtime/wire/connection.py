@@ -12,6 +12,7 @@ from collections.abc import Callable
 from runtime.wire.messages import PROTOCOL, Hello, WireError, decode, encode
 
 LENGTH = struct.Struct("<I")
+TIMEVAL = struct.Struct("@ll")  # seconds and microseconds, as the kernel takes them
 MAX_FRAME = 64 << 20  # bytes; a 128k-token prompt takes less than one
 LOST_SECONDS = 4
 HELLO_SECONDS = 10.0  # a stranger may hold a connection no longer
@@ -40,6 +41,7 @@ class Connection:
         prepare(sock)
         self._sock = sock
         self._lock = threading.Lock()
+        self._patience = 0.0  # seconds; see set_timeout
 
     @staticmethod
     def connect(host: str, port: int, hello: Hello, *, timeout: float = 30.0) -> Connection:
@@ -58,11 +60,29 @@ class Connection:
         self.send_frame(encode(kind, body))
 
     def send_frame(self, frame: bytes) -> None:
+        self.write(LENGTH.pack(len(frame)) + frame)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Send bytes of frames, however long the peer takes. Raises WireError."""
         try:
             with self._lock:
-                self._sock.sendall(LENGTH.pack(len(frame)) + frame)
+                self._sock.sendall(data)
         except OSError as error:
             raise WireError(f"the peer is gone: {error}") from None
+
+    def write_now(self, data: bytes | memoryview) -> int:
+        """Send as much as goes without waiting; returns how many bytes that was. The rest has to follow
+        before anything else does. Raises WireError."""
+        if not self._lock.acquire(blocking=False):
+            return 0
+        try:
+            return self._sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise WireError(f"the peer is gone: {error}") from None
+        finally:
+            self._lock.release()
 
     def receive(self, limit: int = MAX_FRAME) -> tuple[str, object]:
         """Wait for the next message, of at most `limit` bytes. Raises WireError when the peer is gone or
@@ -73,8 +93,12 @@ class Connection:
         return decode(self._read(length))
 
     def set_timeout(self, seconds: float | None) -> None:
-        """Bound each later `receive`; None waits for ever."""
-        self._sock.settimeout(seconds)
+        """Bound the wait for the peer's next bytes in each later `receive`; None waits for ever. Sending is
+        not bounded: a timeout of Python's would be, so it is the kernel's."""
+        self._patience = seconds or 0.0
+        whole, part = divmod(self._patience, 1.0)
+        limit = TIMEVAL.pack(int(whole), int(part * 1e6))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     def expect_reader(self) -> None:
         """Take a peer that acknowledges nothing for LOST_SECONDS for lost: one that reads at any time."""
@@ -96,6 +120,8 @@ class Connection:
         while view:
             try:
                 count = self._sock.recv_into(view)
+            except BlockingIOError:
+                raise WireError(f"nothing was heard of the peer for {self._patience:g} s") from None
             except OSError as error:
                 raise WireError(f"the peer is gone: {error}") from None
             if count == 0:

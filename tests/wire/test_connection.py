@@ -182,8 +182,41 @@ def test_sending_to_who_is_gone_fails(door):
 def test_silence_beyond_a_timeout_is_an_error(door):
     near, _far = pair(door)
     near.set_timeout(0.2)
-    with pytest.raises(WireError):
+    with pytest.raises(WireError, match=r"nothing was heard of the peer for 0\.2 s"):
         near.receive()
+
+
+def test_a_timeout_bounds_receiving_alone(door):
+    """A message that the peer takes its time to read is sent for as long as that is."""
+    near, far = pair(door)
+    near.set_timeout(0.2)
+    sent = threading.Thread(target=near.send, args=("failed", "x" * (20 << 20)), daemon=True)
+    sent.start()
+    time.sleep(0.4)
+    assert sent.is_alive()
+    assert far.receive() == ("failed", "x" * (20 << 20))
+    sent.join(timeout=10)
+    near.set_timeout(None)
+    threading.Timer(0.3, far.send, ("beat", 1)).start()
+    assert near.receive() == ("beat", 1)
+
+
+def test_what_goes_at_once_is_sent_at_once(door):
+    near, far = pair(door)
+    raw = frame(encode("failed", "x" * (20 << 20)))
+    count = near.write_now(raw)
+    assert 0 < count < len(raw)
+    while more := near.write_now(raw[count:]):  # the peer's side of the buffers may still grow
+        count += more
+    got: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=lambda: got.put(far.receive()), daemon=True).start()
+    near.write(memoryview(raw)[count:])
+    assert got.get(timeout=10) == ("failed", "x" * (20 << 20))
+    far.close()
+    with pytest.raises(WireError):
+        for _ in range(1000):
+            near.write_now(raw[:1000])
+            time.sleep(0.001)
 
 
 def test_nobody_answers():
