@@ -62,7 +62,7 @@ def _from_json(folder: Path, settings: dict[str, Any]) -> Tokenizer:
         for token, added in first.get_added_tokens_decoder().items()
         if added.special and (added.lstrip or added.rstrip)
     }
-    template = _template(settings, spm=not byte_level)
+    template = _template(settings, folder, spm=not byte_level)
     return Tokenizer(
         vocabulary, encode, chat_template=template, file=str(path), inner_user_defined=True, strips=strips
     )
@@ -150,7 +150,7 @@ def _from_model(folder: Path, settings: dict[str, Any]) -> Tokenizer:
         bos is not None and settings.get("add_bos_token") is not False, prefix,
     )  # fmt: skip
     check_unique(pieces, bytes(kinds), str(path), "")
-    template = _template(settings, spm=True)
+    template = _template(settings, folder, spm=True)
     return Tokenizer(vocabulary, spm_encoder(processor, prefix), chat_template=template, file=str(path))
 
 
@@ -179,12 +179,19 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _template(settings: dict[str, Any], *, spm: bool) -> str | None:
+def _template(settings: dict[str, Any], folder: Path, *, spm: bool) -> str | None:
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else MISTRAL_TEMPLATE if spm else None
+        for number, entry in enumerate(template):
+            texts = [entry.get(key) for key in ("name", "template")] if isinstance(entry, dict) else [None]
+            if not all(isinstance(text, str) for text in texts):
+                raise BadModelFile(
+                    str(folder), "chat_template", f"entry {number} is not a name and a template"
+                )
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str | None):
+        raise BadModelFile(str(folder), "chat_template", "neither a text nor a list of named ones")
+    return MISTRAL_TEMPLATE if template is None and spm else template
 
 
 def _named(
@@ -225,7 +232,8 @@ def _added_tokens(settings: dict[str, Any], folder: Path) -> dict[str, tuple[int
         added[content] = (token, True)
     decoder = settings.get("added_tokens_decoder")
     for token, entry in decoder.items() if isinstance(decoder, dict) else ():
-        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not token.isdecimal():
+        known = isinstance(entry, dict) and isinstance(entry.get("content"), str)
+        if not known or not token.isdecimal() or len(token) > 9:
             raise BadModelFile(str(folder), "added_tokens_decoder", f"entry {token!r:.40} is no added token")
         added[entry["content"]] = (int(token), bool(entry.get("special")))
     for content, (token, _) in added.items():

@@ -173,3 +173,37 @@ def test_bad_folders(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 99999}')
     with pytest.raises(BadModelFile, match="eos_token_id: 99999 is not a token id"):
         load_tokenizer({}, folder=folder(tmp_path, byte_level()))
+
+
+def test_named_templates(tmp_path):
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    for template, found in [(named, "y"), (named[:1], None), (None, None)]:
+        tokenizer = load_tokenizer({}, folder=folder(tmp_path, byte_level(), chat_template=template))
+        assert tokenizer.chat_template == found
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ([{"name": ["x"], "template": "y"}], "entry 0 is not a name and a template"),
+        ([{"name": "x", "template": "y"}, {"name": "default", "template": 5}], "entry 1 is not"),
+        ([{"template": "y"}], "entry 0 is not"),
+        (["y"], "entry 0 is not"),
+        (5, "neither a text nor a list"),
+    ],
+)
+def test_templates_that_are_none(tmp_path, template, words):
+    with pytest.raises(BadModelFile) as caught:
+        load_tokenizer({}, folder=folder(tmp_path, byte_level(), chat_template=template))
+    assert (caught.value.file, caught.value.where) == (str(tmp_path), "chat_template")
+    assert words in caught.value.reason
+
+
+def test_an_added_token_of_too_many_digits(tmp_path):
+    metadata = spm_metadata()
+    proto = model_proto(gguf_vocabulary(metadata, ""), metadata[KEY + "scores"])
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    config = {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(BadModelFile, match=r"added_tokens_decoder: entry '9+"):
+        load_tokenizer({}, folder=tmp_path)
