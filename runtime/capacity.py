@@ -8,6 +8,7 @@ from runtime.config import EngineConfig, ParallelConfig
 from runtime.errors import InvalidArgument, NotEnough
 from runtime.memory import available
 from runtime.model.draft import draft_cost
+from runtime.model.gpu.limits import check_block_size
 from runtime.model.header import OpenModel
 from runtime.model.stages import stage_layers
 
@@ -44,6 +45,8 @@ def kv_blocks(
     block = engine.block_size
     if block < 1 or (512 % block and block % 512):  # attention pads KV to 64 or 512 positions
         raise InvalidArgument("block-size", f"{block} neither divides 512 nor is a multiple of it")
+    if opened.device == "cuda":
+        check_block_size(block)
     units, layers = len(opened.units), opened.spec.layers
     largest_run = -(-units // parallel.tp)
     most_layers = max(stop - start for start, stop in stage_layers(opened, parallel.pp))

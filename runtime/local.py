@@ -18,6 +18,7 @@ from runtime.loop import EngineLoop
 from runtime.model.communicator import Alone, Communicator, Threads
 from runtime.model.device import resolve_device
 from runtime.model.draft import open_draft
+from runtime.model.gpu.limits import check_block_size
 from runtime.model.header import open_model
 from runtime.model.load import engine_info, load_shard
 from runtime.model.pipe import ThreadPipe
@@ -162,6 +163,8 @@ class LocalEngine:
         rank_units(len(opened.units), parallel.tp)  # a wrong tp or pp is refused before anything is loaded
         stage_layers(opened, parallel.pp)
         draft = open_draft(model, opened, parallel)
+        if device == "cuda":
+            check_block_size((engine or EngineConfig()).block_size)
         ranks = parallel.tp * parallel.pp
         torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // ranks))
         room = partial(

@@ -73,6 +73,7 @@ class RankActor:
         from runtime.cluster.stage_pipe import StagePipe
         from runtime.model.communicator import Alone
         from runtime.model.draft import open_draft
+        from runtime.model.gpu.limits import check_block_size
         from runtime.model.header import open_model
         from runtime.model.load import engine_info, load_shard
 
@@ -82,6 +83,8 @@ class RankActor:
         opened = open_model(model, parallel.device)
         sharers = here if opened.device == "cpu" else 1
         draft = open_draft(model, opened, parallel)
+        if opened.device == "cuda":
+            check_block_size(engine.block_size)
         room = partial(kv_blocks, opened, engine, parallel, model.max_model_len, sharers=sharers, draft=draft)
         config = room() if opened.device == "cpu" else None  # on a GPU once the weights have taken theirs
         self._comm, self._pipe, self._mesh = Alone(), None, None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from runtime.config import ModelConfig
 from runtime.errors import InvalidArgument, UnsupportedModel
+from runtime.model.gpu.limits import check_spec
 from runtime.model.layout import expected_shapes
 from runtime.model.spec import ModelSpec, spec_from_gguf, spec_from_hf
 from runtime.model.units import Unit
@@ -84,6 +85,8 @@ def open_model(config: ModelConfig, device: str = "cpu") -> OpenModel:
         raise InvalidArgument("kv-dtype", f"{config.kv_dtype!r} is neither auto nor fp8")
     if config.kv_dtype == "fp8" and device != "cuda":
         raise InvalidArgument("kv-dtype", "fp8 is not possible on a CPU; use auto")
+    if device == "cuda":
+        check_spec(checkpoint.path, spec)
     dtype = _gpu_dtype(config) if device == "cuda" else _cpu_dtype(config, checkpoint, spec)
     down = [checkpoint.tensors[f"blk.{i}.ffn_down.weight"].type for i in range(spec.layers)]
     block = 32 if config.quantize else max(t.block for t in down)
