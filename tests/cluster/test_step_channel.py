@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from runtime.wire.messages import Hello, WireError
 
 TOKEN = "a secret"
 SILENCE = 0.5  # seconds
-LARGE = 2_500_000  # numbers: more bytes than the buffers of both ends hold
+LARGE = 1_200_000  # numbers: more bytes than the buffers of both ends hold
 AT_ONCE = 5.0  # seconds that a loaded machine may take for what does not wait
 
 
@@ -60,6 +61,8 @@ def group(monkeypatch) -> Iterator[Group]:
     channel = TcpRanks(2)
     listener = Listener("127.0.0.1", TOKEN, channel.join)
     ranks = [Connection.connect(listener.host, listener.port, Hello("rank", TOKEN, n)) for n in range(2)]
+    for connection in ranks:
+        connection.detach().setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
     channel.wait_joined()
     made = Group(channel, ranks)
     for rank in range(2):
