@@ -24,6 +24,7 @@ FOLDER_PATTERNS = [
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 ]
 FOLDER_IGNORED = ["*/*", "consolidated*"]
 _FORM = re.compile(r"([\w.-]+)/([\w.-]+?)(?:/(.+?))?(?:@([\w./-]+))?", re.ASCII)

@@ -26,6 +26,8 @@ REPOSITORIES = {
         "config.json": b"{}",
         "model.safetensors": b"weights",
         "tokenizer.json": b"{}",
+        "chat_template.json": b"{}",
+        "chat_template.jinja": b"",
         "consolidated.safetensors": b"the same again",
         "original/model.safetensors": b"and again",
         "pytorch_model.bin": b"a pickle",
@@ -140,6 +142,8 @@ def test_all_parts_of_a_split_file(pull):
 def test_a_folder_without_code_pickles_and_copies(pull):
     path = Path(pull("hf:me/folder").json["path"])
     assert sorted(p.relative_to(path).as_posix() for p in path.rglob("*")) == [
+        "chat_template.jinja",
+        "chat_template.json",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
