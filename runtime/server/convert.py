@@ -27,7 +27,7 @@ def completion(request: generate_pb2.GenerateRequest, request_id: str, deadline:
     return Completion(
         request_id=request_id,
         text=request.text if form == "text" else None,
-        token_ids=tuple(request.token_ids.ids) if form == "token_ids" else None,
+        token_ids=request.token_ids.ids if form == "token_ids" else None,
         messages=messages(request.messages) if form == "messages" else None,
         params=sampling(request.sampling),
         deadline=deadline,
@@ -92,7 +92,7 @@ def scoring(request: score_pb2.ScoreRequest, request_id: str, deadline: float | 
     return Completion(
         request_id=request_id,
         text=request.text if form == "text" else None,
-        token_ids=tuple(request.token_ids.ids) if form == "token_ids" else None,
+        token_ids=request.token_ids.ids if form == "token_ids" else None,
         params=SamplingParams(logprobs=request.top),
         deadline=deadline,
         priority=request.priority,

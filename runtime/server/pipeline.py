@@ -73,9 +73,13 @@ class Pipeline:
         if sum(form is not None for form in given) != 1:
             raise InvalidArgument("prompt", "give exactly one of text, token ids and messages")
         if completion.text is not None:
+            _check_unicode("prompt", completion.text)
+            # A text of megabytes takes seconds to encode: not if it cannot fit anyway.
+            self._check_fits(self.tokenizer.fewest_tokens(completion.text), "at least ")
             return self.encode_text(completion.text)
         if completion.messages is not None:
             return self.encode_chat(completion.messages)
+        self._check_fits(len(completion.token_ids))
         return self._checked_ids(completion.token_ids)
 
     def encode_text(
@@ -199,10 +203,7 @@ class Pipeline:
         started = time.monotonic()
         prompt = await asyncio.to_thread(self.encode, completion)
         top = validate_top(completion.params.logprobs)
-        if len(prompt) > self.info.context_length:
-            raise InvalidArgument(
-                "prompt", f"holds {len(prompt)} tokens; the context is of {self.info.context_length}"
-            )
+        self._check_fits(len(prompt))
         if len(prompt) < 2:
             raise InvalidArgument(
                 "prompt", f"holds {len(prompt)} tokens; only those after the first have scores"
@@ -226,6 +227,12 @@ class Pipeline:
                     yield Piece("", tokens, entries)
                 elif isinstance(output, Finished):
                     yield Piece("", final=_scored(output, self.info.numerics))
+
+    def _check_fits(self, tokens: int, about: str = "") -> None:
+        """Whether so many tokens of a prompt fit the context."""
+        context = self.info.context_length
+        if tokens > context:
+            raise InvalidArgument("prompt", f"holds {about}{tokens} tokens; the context is of {context}")
 
     def _checked_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         for place, token in enumerate(token_ids):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import BadModelFile, UnsupportedModel
+from runtime.tokenizer.bounds import gguf_cover
 from runtime.tokenizer.bpe import bpe_encoder
 from runtime.tokenizer.chat import default_template
 from runtime.tokenizer.huggingface import load_folder
@@ -32,11 +33,13 @@ def load_tokenizer(metadata: dict[str, Any], *, folder: Path | None = None, file
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise BadModelFile(file, "tokenizer.chat_template", "not a string")
-    template = default_template(metadata)
+    template, cover = default_template(metadata), gguf_cover(vocabulary)
     if model == "gpt2":
         encode = bpe_encoder(metadata, vocabulary, file)
-        return Tokenizer(vocabulary, encode, chat_template=template, file=file)
+        return Tokenizer(vocabulary, encode, chat_template=template, file=file, cover=cover)
     scores = gguf_scores(metadata, len(vocabulary.pieces), file)
     processor = load_processor(model_proto(vocabulary, scores), file, KEY + "tokens")
     encode = spm_encoder(processor, vocabulary.space_prefix)
-    return Tokenizer(vocabulary, encode, chat_template=template, file=file, inner_user_defined=True)
+    return Tokenizer(
+        vocabulary, encode, chat_template=template, file=file, inner_user_defined=True, cover=cover
+    )

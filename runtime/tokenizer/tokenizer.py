@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from runtime.errors import BadModelFile, InvalidArgument
+from runtime.tokenizer.bounds import Cover
 from runtime.tokenizer.spm import EncodeText
 from runtime.tokenizer.stream import MAX_PADDING, Spelling, StreamDecoder
 from runtime.tokenizer.vocabulary import Kind, Vocabulary
@@ -29,10 +30,12 @@ class Tokenizer:
         file: str = "",
         inner_user_defined: bool = False,
         strips: dict[int, tuple[bool, bool]] | None = None,
+        cover: Cover | None = None,
     ):
         """`inner_user_defined`: `encode_text` itself finds the user-defined pieces in its text. `strips`:
-        control tokens that swallow the white space (before, after) them."""
-        self._vocabulary, self._encode_text = vocabulary, encode_text
+        control tokens that swallow the white space (before, after) them. `cover`: how much text a token
+        stands for, where that is known."""
+        self._vocabulary, self._encode_text, self._cover = vocabulary, encode_text, cover
         self._spelling = Spelling(vocabulary)
         self.vocab_size = len(vocabulary.pieces)
         self.bos_id = vocabulary.bos_id
@@ -54,6 +57,11 @@ class Tokenizer:
         `parse_special` turns the names of control tokens, such as <|im_start|>, into these: for text that a
         template wrote, never for a user's. Raises InvalidArgument for text with lone surrogates."""
         return self.encode_parts(self.split(text) if parse_special else [text], add_special=add_special)
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound, soon found, on the tokens of `text` as `encode` has them without `parse_special`; 0
+        where nothing is known. Raises UnicodeEncodeError for text with lone surrogates."""
+        return 0 if self._cover is None else self._cover.fewest(text)
 
     def encode_parts(self, parts: list[str | int], *, add_special: bool = True) -> list[int]:
         """Encodes plain texts with control tokens (ids) between them."""

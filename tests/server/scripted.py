@@ -37,6 +37,9 @@ class PieceTokenizer:
             ids = [*ids[:-4], EOS]
         return [BOS, *ids] if add_special else ids
 
+    def fewest_tokens(self, text):
+        return len(text.encode()) // 2
+
     def decode(self, ids, *, skip_special=True):
         special = {BOS: b"" if skip_special else b"<s>", EOS: b"" if skip_special else b"</s>"}
         return b"".join(special.get(token, self._pieces[token]) for token in ids).decode(errors="replace")

@@ -151,6 +151,7 @@ def test_stop_strings_do_not_depend_on_how_text_is_cut_into_tokens(text, stops, 
         ("prompt", {"text": "bad \udcff byte"}),
         ("token_ids", {"text": None, "token_ids": [1, 258]}),
         ("token_ids", {"text": None, "token_ids": [-1]}),
+        ("prompt", {"text": None, "token_ids": [258] * 4097}),
         ("messages", {"text": None, "messages": [{"role": "user", "content": "x"}]}),
         ("max_tokens", {"params": SamplingParams(max_tokens=0)}),
         ("temperature", {"params": SamplingParams(temperature=float("nan"))}),
@@ -207,3 +208,15 @@ def test_what_was_held_back_stays_back_when_the_reply_is_cut_off(reason):
 
 def test_cut_is_a_partition():
     assert cut("abcd", [1, 3]) == ["a", "bc", "d"]
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(scores):
+    pipeline, client = make(b"x")
+    pipeline.tokenizer.encode = None
+    completion = Completion("r1", text="x" * 20_000)
+    pieces = pipeline.score(completion) if scores else pipeline.run(completion)
+    with pytest.raises(InvalidArgument) as caught:
+        asyncio.run(anext(pieces))
+    assert str(caught.value) == "prompt: holds at least 10000 tokens; the context is of 4096"
+    assert client.requests == []
