@@ -25,12 +25,20 @@ def _add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 class UnitSum:
     """Folds partials of one kind (attention output, or FFN) over the units of a group."""
 
-    def __init__(self, empty: Sequence[bool], comm: Communicator, leaf_dtype: torch.dtype):
-        """`empty[u]` says that unit u contributes nothing to this kind of sum."""
+    def __init__(
+        self,
+        empty: Sequence[bool],
+        comm: Communicator,
+        leaf_dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        """`empty[u]` says that unit u contributes nothing to this kind of sum. device: of the partials, and
+        so of the payload of a rank that has none."""
         units = len(empty)
         self.units = units
         self.comm = comm
         self.leaf_dtype = leaf_dtype
+        self.device = device
         runs = rank_units(units, comm.size)
         self.run = runs[comm.rank]
         self.spans: list[list[Span]] = [
@@ -78,6 +86,13 @@ class UnitSum:
     def _size(self, rank: int, m: int, width: int) -> int:
         return sum(m * width * self._type(span).itemsize for span in self.spans[rank])
 
+    def _pack(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The bytes of tensors, one after another."""
+        flat = [t.contiguous().view(-1).view(torch.uint8) for t in tensors]
+        if not flat:
+            return torch.empty(0, dtype=torch.uint8, device=self.device)
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
     def _unpack(self, payloads: list[torch.Tensor], m: int, width: int) -> torch.Tensor:
         leaves = dict(self._full_missing)
         for rank, payload in enumerate(payloads):
@@ -92,26 +107,20 @@ class UnitSum:
 
     def _whole(self, mine: list[torch.Tensor], m: int, width: int) -> torch.Tensor:
         sizes = [self._size(rank, m, width) for rank in range(self.comm.size)]
-        return self._unpack(self.comm.all_gather(_pack(mine), sizes), m, width)
+        return self._unpack(self.comm.all_gather(self._pack(mine), sizes), m, width)
 
     def _sliced(self, mine: list[torch.Tensor], m: int, width: int) -> torch.Tensor:
         """Each rank folds one slice of the columns and hands it round: less to send than wholes."""
         n = self.comm.size
         cuts = [width * r // n for r in range(n + 1)]
-        outgoing = [_pack([t[:, cuts[r] : cuts[r + 1]] for t in mine]) for r in range(n)]
+        outgoing = [self._pack([t[:, cuts[r] : cuts[r + 1]] for t in mine]) for r in range(n)]
         own = cuts[self.comm.rank + 1] - cuts[self.comm.rank]
         arrived = self.comm.all_to_all(outgoing, [self._size(r, m, own) for r in range(n)])
         folded = self._unpack(arrived, m, own)
         sizes = [m * (cuts[r + 1] - cuts[r]) * 4 for r in range(n)]
-        slices = self.comm.all_gather(_pack([folded]), sizes)
+        slices = self.comm.all_gather(self._pack([folded]), sizes)
         return torch.cat([s.view(torch.float32).view(m, -1) for s in slices], dim=1)
 
 
 def _add_fresh(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() + b
-
-
-def _pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The bytes of tensors, one after another."""
-    flat = [t.contiguous().view(-1).view(torch.uint8) for t in tensors]
-    return flat[0] if len(flat) == 1 else torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)

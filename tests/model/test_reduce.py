@@ -119,3 +119,29 @@ def test_a_rank_that_stops_wakes_the_others():
     assert len(failed) == 2
     with pytest.raises(Unavailable):
         comms[2].gather(torch.zeros(4, dtype=torch.uint8), [4, 4, 4])
+
+
+class _Sends:
+    """The second of two ranks, which notes what it is asked to send and gets back what it wants."""
+
+    rank, size = 1, 2
+
+    def __init__(self) -> None:
+        self.sent: list[torch.Tensor] = []
+
+    def all_gather(self, mine, sizes):
+        self.sent.append(mine)
+        return [torch.empty(size, dtype=torch.uint8, device=mine.device) for size in sizes]
+
+    def all_to_all(self, outgoing, sizes):
+        self.sent += outgoing
+        return [torch.empty(size, dtype=torch.uint8, device=outgoing[0].device) for size in sizes]
+
+
+@pytest.mark.parametrize("width", [8, LARGE // 4])
+def test_a_rank_without_partials_sends_from_its_own_device(width: int) -> None:
+    """A GPU's communicator takes nothing from the host, be it empty."""
+    comm = _Sends()
+    total = UnitSum([False, True], comm, torch.float32, "meta")([], 1, width)
+    assert total.shape == (1, width)
+    assert comm.sent and {payload.device.type for payload in comm.sent} == {"meta"}

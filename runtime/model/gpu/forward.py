@@ -73,8 +73,8 @@ class GpuForward:
         vocab = [shard.units[start].vocab[0] for start, _ in rank_units(len(shard.units), comm.size)]
         self.vocab_widths = [b - a for a, b in pairwise([*vocab, spec.vocab])]
         no_ffn = [u.ffn[0] == u.ffn[1] for u in shard.units]
-        self.sum_attention = UnitSum([False] * len(shard.units), comm, torch.float32)
-        self.sum_ffn = UnitSum(no_ffn, comm, torch.float32)
+        self.sum_attention = UnitSum([False] * len(shard.units), comm, torch.float32, shard.device)
+        self.sum_ffn = UnitSum(no_ffn, comm, torch.float32, shard.device)
 
     def logits(self, batch: GpuBatch) -> torch.Tensor | None:
         """Run a model that is all here; the KV cache is written. fp32 [S, V] at rank 0, None elsewhere."""
