@@ -13,8 +13,8 @@ from runtime.errors import InvalidArgument, NotFound, QueueFull, TramontaneError
 
 DOMAIN = "tramontane"
 # Statuses travel in HTTP/2 headers, of which clients take 8 KiB by default; texts of users appear in
-# them thrice (message, BadRequest, and base64 widens the latter).
-_LONGEST_TEXT = 600
+# them thrice: as the message, where a byte beyond ASCII is written as three, and twice in base64.
+_LONGEST_TEXT = 600  # bytes of UTF-8
 
 
 class SlowReader(TramontaneError):
@@ -95,4 +95,7 @@ def _packed(details: Sequence[Message]) -> list[any_pb2.Any]:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 3] + "..."
+    data = text.encode("utf-8", "replace")  # a lone surrogate cannot be sent
+    if len(data) <= _LONGEST_TEXT:
+        return data.decode()
+    return data[: _LONGEST_TEXT - 3].decode("utf-8", "ignore") + "..."  # half a character is left out

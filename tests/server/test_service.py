@@ -1,12 +1,17 @@
 """InferenceService over a real connection: what comes back, and what is refused and how."""
 
 import asyncio
+import base64
 import math
+import urllib.parse
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runtime.errors import QueueFull, Unavailable
+from runtime.server import statuses
 from runtime.server.lifecycle import Limits
 from runtime.types import FinishReason
 from tests.server.harness import ask, bad_field, details, refusal, serving
@@ -172,10 +177,28 @@ def test_an_unknown_model_is_not_found(method, request_):
     assert details(error)["ResourceInfo"].resource_name == "other"
 
 
-def test_a_huge_name_does_not_break_the_answer():
-    error = refused(ScriptedEngine(), generate_pb2.GenerateRequest(model="é" * 100_000, text="x"))
+@pytest.mark.parametrize("character", ["x", "é", "中", "\U0001f600", "%", "\\"])
+def test_a_huge_name_does_not_break_the_answer(character):
+    error = refused(ScriptedEngine(), generate_pb2.GenerateRequest(model=character * 100_000, text="x"))
     assert error.code() is grpc.StatusCode.NOT_FOUND
-    assert len(error.details()) < 1000
+    name = details(error)["ResourceInfo"].resource_name
+    assert len(error.details().encode()) <= 600 and error.details().endswith("...")
+    assert len(name.encode()) <= 600 and set(name) == {character, "."}
+    # What travels: characters beyond ASCII, and the percent sign, as %NN for each byte.
+    raw = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    assert len(urllib.parse.quote(error.details())) + len(base64.b64encode(raw)) < 4096
+
+
+@given(text=st.text(st.characters(codec=None), max_size=700), end=st.sampled_from(["", "\U0001f600" * 200]))
+def test_shortened_texts_are_their_beginnings(text, end):
+    text += end
+    sent = statuses._short(text)
+    whole = text.encode("utf-8", "replace").decode()
+    assert len(sent.encode()) <= 600
+    if len(whole.encode()) <= 600:
+        assert sent == whole
+    else:
+        assert sent.endswith("...") and whole.startswith(sent[:-3]) and len(sent.encode()) > 596
 
 
 def test_a_full_queue_says_when_to_come_back():
