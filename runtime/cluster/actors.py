@@ -193,11 +193,11 @@ class EngineActor:
         return str(answer[0]) if answer[0] else None
 
     def _greet(self, hello, connection) -> None:
-        from runtime.wire.gateway_channel import serve_gateway
+        from runtime.wire.gateway_channel import WELCOME_SECONDS, serve_gateway
 
         if hello.role == "rank":
             self._ranks.join(hello, connection)
-        elif hello.role == "gateway" and self._serving.wait(60):
+        elif hello.role == "gateway" and self._serving.wait(WELCOME_SECONDS):
             self._gateways.add(connection)
             try:
                 serve_gateway(connection, self._loop, self._info)

@@ -33,6 +33,9 @@ from runtime.wire.messages import (
     refusal_error,
 )
 
+WELCOME_SECONDS = 20.0  # that a gateway which comes before the engine serves is kept waiting
+CONNECT_SECONDS = WELCOME_SECONDS + 10.0
+
 _CONNECTIONS = itertools.count()
 
 
@@ -113,20 +116,29 @@ class EngineChannel:
         self._task = asyncio.create_task(self._receive())
 
     @staticmethod
-    async def connect(host: str, port: int, token: str) -> EngineChannel:
-        """Raises Unavailable if nobody answers or the engine does not know the token."""
+    async def connect(host: str, port: int, token: str, *, timeout: float = CONNECT_SECONDS) -> EngineChannel:
+        """Raises Unavailable if nobody answers within `timeout` seconds, as when the engine's process is
+        stopped, or the engine does not know the token."""
+        where = f"{host}:{port}"
         try:
-            reader, writer = await asyncio.open_connection(host, port)
-            sock = writer.get_extra_info("socket")
-            prepare(sock)
-            give_up_on_writes(sock)
-            _write(writer, "hello", Hello("gateway", token))
-            kind, info = await _read(reader)
+            async with asyncio.timeout(timeout):
+                reader, writer = await asyncio.open_connection(host, port)
+                try:
+                    sock = writer.get_extra_info("socket")
+                    prepare(sock)
+                    give_up_on_writes(sock)
+                    _write(writer, "hello", Hello("gateway", token))
+                    kind, info = await _read(reader)
+                    if kind != "welcome" or not isinstance(info, EngineInfo):
+                        raise Unavailable(f"what answers at {where} is not an engine")
+                except BaseException:
+                    writer.transport.abort()
+                    raise
+        except TimeoutError as error:  # ours, which says nothing, or the network's
+            why = f": {error}" if str(error) else f" within {timeout:g} s"
+            raise Unavailable(f"the engine at {where} does not answer{why}") from None
         except (OSError, asyncio.IncompleteReadError, WireError) as error:
-            raise Unavailable(f"the engine at {host}:{port} does not answer: {error}") from None
-        if kind != "welcome" or not isinstance(info, EngineInfo):
-            writer.close()
-            raise Unavailable(f"what answers at {host}:{port} is not an engine")
+            raise Unavailable(f"the engine at {where} does not answer: {error}") from None
         return EngineChannel(reader, writer, info)
 
     async def info(self) -> EngineInfo:

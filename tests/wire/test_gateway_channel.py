@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import socket
 import time
@@ -499,3 +500,43 @@ def test_nobody_there_is_unavailable(served):
             await EngineChannel.connect("127.0.0.1", 1, TOKEN)
 
     asyncio.run(asyncio.wait_for(main(), 10))
+
+
+@pytest.mark.parametrize("how", ["silent", "garbage", "half", "stranger", "given up"])
+def test_a_channel_that_cannot_be_had_leaves_no_socket(how):
+    """A stopped engine, whose kernel accepts all the same, and ends of every other kind."""
+    answers = {
+        "silent": b"",
+        "garbage": LENGTH.pack(4) + b"abcd",
+        "half": LENGTH.pack(100) + b"only this",
+        "stranger": LENGTH.pack(len(encode("beat", 1))) + encode("beat", 1),
+        "given up": b"",
+    }
+
+    async def main(server: socket.socket) -> None:
+        host, port = server.getsockname()
+        connecting = asyncio.create_task(EngineChannel.connect(host, port, TOKEN, timeout=0.3))
+        near, _ = await asyncio.to_thread(server.accept)
+        with near:
+            near.settimeout(10)
+            near.sendall(answers[how])
+            if how == "given up":
+                connecting.cancel()
+            error = (await asyncio.gather(connecting, return_exceptions=True))[0]
+            if how == "given up":
+                assert isinstance(error, asyncio.CancelledError)
+            else:
+                assert isinstance(error, Unavailable) and f"{host}:{port}" in str(error)
+            if how in ("silent", "half"):
+                assert str(error) == f"the engine at {host}:{port} does not answer within 0.3 s"
+
+            def drained() -> bool:
+                while near.recv(1 << 16):
+                    pass
+                return True
+
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.to_thread(drained)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        asyncio.run(asyncio.wait_for(main(server), 10))
