@@ -126,11 +126,14 @@ class Pipeline:
         if deadline is not None:
             deadline -= time.monotonic() - started
         eos = () if params.ignore_eos else tuple(self.tokenizer.eos_ids)
+        stop_ids = tuple(dict.fromkeys((*params.stop_token_ids, *eos)))
+        if params.min_tokens and len(stop_ids) >= self.info.vocab_size:
+            raise InvalidArgument("min_tokens", "cannot be met: every token is one that ends the reply")
         return Request(
             request_id=completion.request_id,
             prompt=prompt,
             params=params,
-            stop_ids=tuple(dict.fromkeys((*params.stop_token_ids, *eos))),
+            stop_ids=stop_ids,
             deadline=deadline,
             priority=completion.priority,
             cache_salt=completion.cache_salt,

@@ -220,3 +220,24 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(scores):
         asyncio.run(anext(pieces))
     assert str(caught.value) == "prompt: holds at least 10000 tokens; the context is of 4096"
     assert client.requests == []
+
+
+def test_min_tokens_that_no_token_can_meet_is_refused():
+    """A rank would have no token left to choose from, which ends its replica."""
+    pipeline, client = make(b"x")
+    all_but_eos = tuple(token for token in range(258) if token != EOS)
+    for params in (
+        SamplingParams(min_tokens=1, stop_token_ids=all_but_eos),
+        SamplingParams(min_tokens=1, stop_token_ids=(*all_but_eos, EOS), ignore_eos=True),
+    ):
+        with pytest.raises(InvalidArgument) as caught:
+            run(pipeline, params=params)
+        assert caught.value.field == "min_tokens"
+    assert client.requests == []
+    for params in (
+        SamplingParams(stop_token_ids=all_but_eos),  # any token ends the reply, and may
+        SamplingParams(min_tokens=1, stop_token_ids=all_but_eos, ignore_eos=True),
+        SamplingParams(min_tokens=1, stop_token_ids=(5, *all_but_eos[1:], 5)),
+    ):
+        run(pipeline, params=params)
+    assert len(client.requests) == 3
