@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.config import EngineConfig, ModelConfig
+from runtime.errors import BadModelFile
 from runtime.model.header import OpenModel
 from runtime.model.layout import shard_slices
 from runtime.model.numerics import numerics_name
@@ -37,18 +38,22 @@ def load_shard(
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Shard | GpuShard, LoadReport]:
     """Read the ranges of one rank and build its weights, on the device the model was opened for. Ranks count
-    stage by stage: 0 to tp - 1 are the first one's."""
+    stage by stage: 0 to tp - 1 are the first one's. Raises BadModelFile for weights that cannot be computed
+    with."""
     stage, within = divmod(rank, tp)
     run, layers = rank_units(len(model.units), tp)[within], stage_layers(model, pp)[stage]
     slices = shard_slices(model.spec, model.units, run, layers)
     loader = load(model.checkpoint, slices, threads=threads, quantize=model.quantize, progress=progress)
     if model.device == "cuda":
-        from runtime.model.gpu.shard import DTYPE, FP8, build_gpu_shard  # brings Triton along
+        from runtime.model.gpu.shard import DTYPE, FP8, Refused, build_gpu_shard  # brings Triton along
 
-        shard = build_gpu_shard(
-            model.spec, model.units, run, loader,
-            device="cuda", layers=layers, kv_dtype=FP8 if model.kv_dtype == "fp8" else DTYPE,
-        )  # fmt: skip
+        try:
+            shard = build_gpu_shard(
+                model.spec, model.units, run, loader,
+                device="cuda", layers=layers, kv_dtype=FP8 if model.kv_dtype == "fp8" else DTYPE,
+            )  # fmt: skip
+        except Refused as error:
+            raise BadModelFile(model.checkpoint.path, error.tensor, error.reason) from error
     else:
         dtype = DTYPES[model.dtype]
         shard = build_shard(

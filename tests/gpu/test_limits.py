@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bench.gpu.step import flagship
 from kernels.gpu.attention import paged_attention
@@ -13,10 +14,12 @@ from kernels.gpu.norm import WIDEST as WIDEST_NORM
 from kernels.gpu.sampling import MOST_TOKENS as MOST_SAMPLED
 from runtime.capacity import kv_blocks
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
-from runtime.errors import InvalidArgument, UnsupportedModel
+from runtime.errors import BadModelFile, InvalidArgument, UnsupportedModel
 from runtime.local import LocalEngine
+from runtime.model.gpu import shard
 from runtime.model.gpu.limits import MOST_TOKENS, WIDEST, check_block_size, check_spec
 from runtime.model.header import open_model
+from runtime.model.load import load_shard
 from tests.gpu.device import DEVICE
 from tests.gpu.folder import write_folder
 
@@ -93,3 +96,23 @@ def test_a_block_size_is_refused_before_weights_are_read(tmp_path, monkeypatch) 
     monkeypatch.setattr("runtime.local.load_shard", never)
     with pytest.raises(InvalidArgument, match=r"^block-size: 8 "):
         LocalEngine(config, EngineConfig(block_size=8), ParallelConfig(device="cuda"))
+
+
+@pytest.mark.parametrize("value", [1e30, float("nan")])
+@pytest.mark.parametrize(
+    "tensor, named", [("mlp.down_proj", "ffn_down"), ("self_attn.q_proj", "attn_q.weight, attn_k or attn_v")]
+)
+def test_weights_beyond_fp16_are_a_bad_file(
+    tmp_path, monkeypatch, tensor: str, named: str, value: float
+) -> None:
+    folder = write_folder(tmp_path, **SHAPE)
+    file = folder / "model.safetensors"
+    tensors = {name: t.bfloat16() for name, t in load_file(file).items()}
+    tensors[f"model.layers.0.{tensor}.weight"][3, 5] = value
+    save_file(tensors, file)
+    built = shard.build_gpu_shard
+    monkeypatch.setattr(shard, "build_gpu_shard", lambda *a, **k: built(*a, **{**k, "device": DEVICE}))
+    opened = open_model(ModelConfig(str(folder)), "cuda")
+    with pytest.raises(BadModelFile, match=rf"blk\.0\.{named}.*: .* of row 3 does not fit fp16$") as caught:
+        load_shard(opened, 0, 1)
+    assert caught.value.file == opened.checkpoint.path

@@ -70,6 +70,15 @@ class GpuShard:
         return total
 
 
+class Refused(ValueError):
+    """A tensor that a kernel does not take: a number beyond fp16, or NaN, where a scale should be."""
+
+    def __init__(self, tensor: str, reason: str):
+        super().__init__(f"{tensor}: {reason}")
+        self.tensor = tensor
+        self.reason = reason
+
+
 def build_gpu_shard(
     spec: ModelSpec,
     units: tuple[Unit, ...],
@@ -81,7 +90,7 @@ def build_gpu_shard(
     kv_dtype: torch.dtype = DTYPE,
 ) -> GpuShard:
     """Build a rank's weights from its slices, taken in the order of `shard_slices`. Each goes to the device
-    as it arrives. `layers`: None is all. Raises ValueError naming the tensor that a kernel does not take."""
+    as it arrives. `layers`: None is all. Raises Refused for a tensor that a kernel does not take."""
     device = torch.device(device)
     stage = layers or (0, spec.layers)
     embeds, ends = stage[0] == 0, stage[1] == spec.layers
@@ -125,11 +134,14 @@ def build_gpu_shard(
         )
 
     def layer(index: int) -> GpuLayer:
+        nonlocal taken
         name = f"blk.{index}.{{}}.weight".format
         attention_norm = vector(name("attn_norm"))
         order = None if spec.half_split_rope else half_split_order(spec.head_dim)
         q, k = (reorder(take(name(role)), order) for role in ("attn_q", "attn_k"))
-        qkv = _side_by_side([q, k, take(name("attn_v"))])
+        v = take(name("attn_v"))
+        taken = f"{name('attn_q')}, attn_k or attn_v"
+        qkv = _side_by_side([q, k, v])
         whole = take(name("attn_output"))
         spans = [within(u.heads, share.heads, spec.head_dim) for u in mine]
         output = _row_parallel([select_cols(whole, span) for span in spans], spans, run, len(units))
@@ -146,7 +158,7 @@ def build_gpu_shard(
     try:
         shard = build()
     except ValueError as error:
-        raise ValueError(f"{taken}: {error}") from error
+        raise Refused(taken, str(error).removeprefix("linear: ")) from error
     if next(loaded, None) is not None:
         raise ValueError("more slices arrived than were planned")
     return shard
