@@ -87,3 +87,20 @@ def unpack(planes: Sequence[torch.Tensor], bits: Sequence[int], cols: int) -> to
                 fields[:, :, field] = part
         shift += width
     return out.view(rows, blocks * BLOCK)[:, :cols]
+
+
+def cut_planes(
+    planes: Sequence[torch.Tensor], bits: Sequence[int], start: int, stop: int
+) -> tuple[torch.Tensor, ...]:
+    """Columns start .. stop - 1 of packed planes as planes of their own, on their device. Only the blocks
+    that hold those columns are touched; a cut between blocks copies their words as they are."""
+    first, last = start // BLOCK, padded(stop) // BLOCK
+    widths = [BLOCK if width == 8 else 8 * width for width in bits]
+    held = [plane[:, first * w : last * w] for plane, w in zip(planes, widths, strict=True)]
+    if start % BLOCK == stop % BLOCK == 0:
+        return tuple(plane.clone(memory_format=torch.contiguous_format) for plane in held)
+    before = first * BLOCK
+    codes = unpack(held, bits, stop - before)[:, start - before :].cpu().numpy()
+    packed = empty_planes(len(codes), stop - start, bits)
+    pack(codes, bits, packed)
+    return tuple(torch.from_numpy(plane).to(planes[0].device) for plane in packed)

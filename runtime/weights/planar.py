@@ -21,7 +21,7 @@ from math import gcd
 import numpy as np
 import torch
 
-from runtime.weights.bitplanes import empty_planes, pack, unpack
+from runtime.weights.bitplanes import cut_planes, empty_planes, pack, unpack
 from runtime.weights.blocks import SPECS, Parts, QuantSpec, take_apart
 from runtime.weights.formats import TensorType
 
@@ -95,17 +95,28 @@ class Planar:
         return replace(part, rows=part.d.shape[0])
 
     def select_cols(self, start: int, stop: int) -> Planar:
-        """Columns start .. stop - 1, wherever they fall; groups shrink where they are cut."""
+        """Columns start .. stop - 1, wherever they fall, copied; groups shrink where they are cut. Costs what
+        it returns, so that all units' columns cost the tensor once."""
         if not 0 <= start < stop <= self.cols:
             raise ValueError(f"columns {start}:{stop} of {self.cols}")
-        host = self._map(torch.Tensor.cpu)
-        parts = Parts(
-            host.codes().numpy(),
-            *(None if t is None else t.numpy() for t in (host.d, host.m, host.sub_scales, host.sub_mins)),
+        group, super_group = gcd(self.group, start, stop), gcd(self.super_group, start, stop)
+
+        def pick(values: torch.Tensor | None, old: int, new: int) -> torch.Tensor | None:
+            if values is None:
+                return None
+            return values.index_select(1, torch.arange(start, stop, new, device=values.device) // old)
+
+        return replace(
+            self,
+            cols=stop - start,
+            group=group,
+            super_group=super_group,
+            planes=cut_planes(self.planes, self.bits, start, stop),
+            d=pick(self.d, self.super_group, super_group),
+            m=pick(self.m, self.super_group, super_group),
+            sub_scales=pick(self.sub_scales, self.group, group),
+            sub_mins=pick(self.sub_mins, self.group, group),
         )
-        spec = QuantSpec(self.bits, self.zero_point, self.group, self.super_group, self.paired)
-        parts, spec = cut_parts(parts, spec, start, stop)
-        return planar_of_parts(self.type, spec, parts).to(self.d.device)
 
     def to(self, device: torch.device | str) -> Planar:
         return self._map(lambda tensor: tensor.to(device))

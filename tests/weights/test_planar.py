@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import fields
+
 import gguf
 import numpy as np
 import pytest
@@ -9,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.weights import bitplanes, planar
 from runtime.weights.bitplanes import empty_planes, pack, unpack
-from runtime.weights.blocks import SPECS
+from runtime.weights.blocks import SPECS, Parts, QuantSpec
 from runtime.weights.checkpoint import open_checkpoint
 from runtime.weights.formats import TensorType
 from runtime.weights.loader import Slice, load
-from runtime.weights.planar import Planar, from_gguf_bytes
+from runtime.weights.planar import Planar, cut_parts, from_gguf_bytes, planar_of_parts
 from tests.support import fixture_path
 
 TYPES = list(SPECS)
@@ -188,3 +192,73 @@ def test_real_files_dequantise_to_the_oracles_bits(name):
         expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         assert_same_bits(weights.dequantize() if isinstance(weights, Planar) else weights, expected)
     assert not found
+
+
+def cut_by_parts(planar: Planar, start: int, stop: int) -> Planar:
+    """What `select_cols` is defined by: all codes unpacked, cut with their scales, and packed again."""
+    scales = (planar.d, planar.m, planar.sub_scales, planar.sub_mins)
+    parts = Parts(planar.codes().numpy(), *(None if t is None else t.numpy() for t in scales))
+    spec = QuantSpec(planar.bits, planar.zero_point, planar.group, planar.super_group, planar.paired)
+    parts, spec = cut_parts(parts, spec, start, stop)
+    return planar_of_parts(planar.type, spec, parts)
+
+
+def assert_same_planar(found: Planar, expected: Planar) -> None:
+    for field in fields(Planar):
+        pairs = getattr(found, field.name), getattr(expected, field.name)
+        if field.name == "planes":
+            for a, b in zip(*pairs, strict=True):
+                assert a.is_contiguous() and a.dtype == b.dtype and torch.equal(a, b)
+        elif isinstance(pairs[0], torch.Tensor):
+            assert pairs[0].dtype == pairs[1].dtype and torch.equal(*pairs), field.name
+        else:
+            assert pairs[0] == pairs[1], field.name
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    type=st.sampled_from(TYPES),
+    blocks=st.integers(1, 5),
+    edges=st.lists(st.one_of(st.integers(0, 10).map(lambda i: 128 * i), st.integers(0, 1280)), min_size=2),
+)
+def test_columns_are_cut_as_their_parts_are(type, blocks, edges):
+    """On the edges of blocks of planes, where words are copied, and anywhere else."""
+    cols = blocks * 256
+    whole = from_gguf_bytes(random_rows(type, 3, cols // type.block, seed=blocks), type, 3, cols)
+    spans = [(a, b) for a, b in itertools.pairwise(sorted({min(edge, cols) for edge in edges})) if a < b]
+    for start, stop in spans:
+        cut = whole.select_cols(start, stop)
+        assert_same_planar(cut, cut_by_parts(whole, start, stop))
+        if cut.cols > 3:
+            assert_same_planar(cut.select_cols(1, cut.cols - 1), cut_by_parts(cut, 1, cut.cols - 1))
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_a_cut_costs_what_it_keeps(type, monkeypatch):
+    """Cutting all units out of a tensor unpacks it once, not once a unit."""
+    counted = []
+
+    def counting(planes, bits, cols):
+        codes = unpack(planes, bits, cols)
+        counted.append(codes.shape[1])
+        return codes
+
+    monkeypatch.setattr(bitplanes, "unpack", counting)
+    monkeypatch.setattr(planar, "unpack", counting)
+    whole = from_gguf_bytes(random_rows(type, 2, 2048 // type.block, seed=9), type, 2, 2048)
+    for start in range(0, 2048, 256):
+        whole.select_cols(start, start + 256)
+    assert not counted, "blocks of planes are copied as they are"
+    for start in range(64, 1984, 192):
+        part = whole.select_cols(start, start + 192)
+        assert part.planes[0].untyped_storage().nbytes() < whole.planes[0].nbytes / 2, "a copy of its own"
+    assert counted and sum(counted) <= 10 * (192 + 128)
+
+
+def test_a_cut_on_the_edges_of_blocks_shares_nothing():
+    whole = from_gguf_bytes(random_rows(TensorType.Q4_0, 1, 8, seed=10), "Q4_0", 1, 256)
+    cut = whole.select_cols(0, 128)
+    kept = [tensor.clone() for tensor in (*cut.planes, cut.d)]
+    for tensor in (*whole.planes, whole.d):
+        tensor.fill_(1)
+    assert all(map(torch.equal, kept, (*cut.planes, cut.d)))
