@@ -64,5 +64,9 @@ class Unavailable(TramontaneError):
     """The engine is draining, gone or not ready."""
 
 
+class ModelFailed(TramontaneError):
+    """A model gives no number to choose a token by: the same request fails the same way everywhere."""
+
+
 class NotEnough(TramontaneError):
     """Memory, ranks, GPUs or ports are too few for what was asked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import queue
 import threading
@@ -136,7 +137,16 @@ class LocalClient:
     async def load(self) -> Load:
         here = asyncio.get_running_loop()
         answer: asyncio.Future[Load | TramontaneError] = here.create_future()
-        self._loop.load(lambda load: here.call_soon_threadsafe(answer.set_result, load))
+
+        def settle(load: Load | TramontaneError) -> None:
+            if not answer.done():  # whoever asked may have left
+                answer.set_result(load)
+
+        def deliver(load: Load | TramontaneError) -> None:
+            with contextlib.suppress(RuntimeError):  # their event loop may have closed
+                here.call_soon_threadsafe(settle, load)
+
+        self._loop.load(deliver)
         load = await answer
         if isinstance(load, TramontaneError):
             raise load

@@ -184,6 +184,8 @@ class EngineLoop:
                     f"resume.choices[{branch.choice}]",
                     f"a token id is outside the vocabulary of {self._vocab_size}",
                 )
+        if params.min_tokens and len(set(request.stop_ids)) >= self._vocab_size:
+            raise InvalidArgument("min_tokens", "every token of the vocabulary would end the reply")
         if params.temperature > 0 and params.seed is None:
             raise InvalidArgument("seed", "sampling at a temperature above 0 needs one")
 

@@ -19,6 +19,7 @@ class FinishReason(enum.Enum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     ERROR = "error"  # the engine lost its ranks
+    FAILED = "failed"  # the model gave no number to choose a token by; asked again, it would not either
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ class Finished:
     cached_tokens: int  # prompt tokens whose KV came from the prefix cache at first admission
     completion_tokens: int
     stop_token: int | None = None
-    detail: str = ""  # for ERROR: one line
+    detail: str = ""  # for ERROR and FAILED: one line
     choice: int = 0
     last: bool = True  # no other reply of the request is left
     drafted_tokens: int = 0  # guessed ahead by speculation

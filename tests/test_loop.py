@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 from collections.abc import Callable, Iterator
 
@@ -9,10 +10,12 @@ import pytest
 
 from runtime.config import EngineConfig
 from runtime.errors import InvalidArgument, TramontaneError, Unavailable
+from runtime.local import LocalClient
 from runtime.loop import EngineLoop
 from runtime.types import (
     Finished,
     FinishReason,
+    Load,
     Output,
     SampledToken,
     StepPlan,
@@ -236,3 +239,39 @@ def test_an_idle_loop_makes_no_steps(running):
         loop.load(loads.put)
         loads.get(timeout=10)
     assert len(ranks.plans) == steps <= 8
+
+
+def test_a_reply_that_could_hold_no_token_is_refused() -> None:
+    loop = EngineLoop(CONFIG, Ranks(), 8)
+    loop.start()
+    try:
+        bad, good = Stream(), Stream()
+        loop.add(greedy("bad", (1,), 2, range(8), min_tokens=1), bad)
+        assert isinstance(error := bad.inbox.get(timeout=5), InvalidArgument) and error.field == "min_tokens"
+        loop.add(greedy("good", (1,), 2, range(7), min_tokens=1), good)
+        assert isinstance(good.inbox.get(timeout=5), TokenOutput)
+    finally:
+        loop.close()
+
+
+def test_an_answer_that_comes_late_harms_nobody() -> None:
+    """Whoever asked for the load has gone, or their event loop has closed."""
+
+    class Slow:
+        def load(self, answer: Callable) -> None:
+            self.answer = answer
+
+    slow, problems = Slow(), []
+
+    async def go() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, problem: problems.append(problem))
+        asked = asyncio.create_task(LocalClient(slow, None).load())
+        await asyncio.sleep(0)
+        asked.cancel()
+        await asyncio.wait([asked])
+        slow.answer(Load(*[0] * 10))
+        await asyncio.sleep(0)
+
+    asyncio.run(go())
+    slow.answer(Load(*[0] * 10))
+    assert problems == []

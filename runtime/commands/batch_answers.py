@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager, aclosing
 
 import tramontane
 from runtime.commands.batch_lines import Ask, Failure, refusal
-from runtime.errors import InvalidArgument, NotFound, QueueFull, TramontaneError, Unavailable
+from runtime.errors import InvalidArgument, ModelFailed, NotFound, QueueFull, TramontaneError, Unavailable
 from runtime.server import convert
 from runtime.server.pipeline import Pipeline
 from runtime.types import FinishReason
@@ -42,6 +42,8 @@ def by_pipeline(pipeline: Pipeline) -> Answer:
         async with aclosing(pipeline.run(convert.completion(request, name, None))) as pieces:
             async for piece in pieces:
                 gathered.add(convert.response(piece, name, served))
+                if piece.final and piece.final.finish_reason is FinishReason.FAILED:
+                    raise ModelFailed(piece.final.detail)
                 if piece.final and piece.final.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
                     raise Unavailable(piece.final.detail or "the engine failed")
         reply = gathered.reply(0)

@@ -99,7 +99,7 @@ def _ask_pipeline(pipeline: Pipeline) -> Ask:
         completion = Completion(f"bench-{next(numbers)}", token_ids=prompt, params=params)
         async with aclosing(pipeline.run(completion)) as reply:
             async for piece in reply:
-                if piece.final and piece.final.finish_reason is FinishReason.ERROR:
+                if piece.final and piece.final.finish_reason in (FinishReason.ERROR, FinishReason.FAILED):
                     raise Unavailable(piece.final.detail or "the engine failed")
                 yield len(piece.token_ids)
 

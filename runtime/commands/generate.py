@@ -65,7 +65,7 @@ async def _generate(front: Front, engine: Engine, ask: Ask, as_json: bool) -> No
     if not as_json:
         write_line("")
     final = pieces[-1].final
-    if final.finish_reason is FinishReason.ERROR:
+    if final.finish_reason in (FinishReason.ERROR, FinishReason.FAILED):
         raise Unavailable(final.detail or "the engine failed")
     if as_json:
         write_json(reply_json(pieces, final, engine.info.model))

@@ -120,8 +120,9 @@ class Supervised:
         self._left = len(infos)
         settled = [asyncio.Event() for _ in infos]
         keepers = [here.create_task(self._keep(replicas, i, each)) for i, each in enumerate(settled)]
-        for keeper in keepers:
+        for keeper, each in zip(keepers, settled, strict=True):
             keeper.add_done_callback(self._report_defect)
+            keeper.add_done_callback(lambda _, each=each: each.set())
         try:
             for each in settled:
                 await each.wait()

@@ -43,6 +43,9 @@ _POSITIVE = (
 )
 
 
+NO_NUMBER = "the model's logits hold NaN or infinity here, or allow no token"
+
+
 class Engine:
     """A replica's scheduler and the state of every reply it has accepted.
 
@@ -134,13 +137,14 @@ class Engine:
             raise InvalidArgument("branches", f"choices {choices[:8]} are not distinct numbers below 2**32")
         if len(choices) > self.config.max_waiting:
             raise InvalidArgument("n", f"{len(choices)} replies; at most {self.config.max_waiting} can wait")
+        ending = frozenset(request.stop_ids)
         for choice, reply in ((branch.choice, branch.reply) for branch in request.branches):
             if len(request.prompt) + len(reply) >= limit:
                 most = limit - len(request.prompt)
                 raise InvalidArgument(
                     f"resume.choices[{choice}]", f"{len(reply)} tokens leave none to compute of {most}"
                 )
-            stops = (i for i, t in enumerate(reply) if t in request.stop_ids)
+            stops = (i for i, t in enumerate(reply) if t in ending)
             if any(i >= request.params.min_tokens for i in stops):
                 raise InvalidArgument(f"resume.choices[{choice}]", "holds a token that ends the reply")
 
@@ -240,6 +244,9 @@ class Engine:
             new = scores[sequence.scored - chunk.start :]
             if sequence.finished or not new:
                 continue
+            if any(entry.logprob != entry.logprob for entry in new):  # NaN
+                outputs.append(self._finish(sequence, FinishReason.FAILED, detail=NO_NUMBER))
+                continue
             sequence.scored += len(new)
             first = sequence.scored - len(new) + 1
             outputs.append(ScoreOutput(sequence.request.request_id, first, new))
@@ -260,6 +267,9 @@ class Engine:
         reply = sequence.reply
         for sampled in tokens:
             token = sampled.token
+            if token < 0:
+                outputs.append(self._finish(sequence, FinishReason.FAILED, detail=NO_NUMBER))
+                return
             index = len(reply)
             reply.append(token)
             sequence.known += 1

@@ -98,7 +98,8 @@ class Drafter:
         comm = self._forward.comm
         if logits is None:
             return comm.broadcast(None, 8 * len(positions)).view(torch.int64).tolist()
-        tokens = [choice.token for choice in sample(logits, samplers, positions)]
+        # Where there is no number to choose by, token 0 is as good a guess as any.
+        tokens = [max(choice.token, 0) for choice in sample(logits, samplers, positions)]
         for sampler, token in zip(samplers, tokens, strict=True):
             sampler.append(token)
         if comm.size > 1:

@@ -3,10 +3,14 @@
 Every rank holds every sequence's tokens and block table; rank 0 samples and tells the others. A plan may
 name tokens that its maker does not know yet: they were sampled here, by an earlier plan. Tokens that a plan
 guesses run along as further rows; what was computed for wrong guesses is written over by what really follows.
+
+Attention on a CPU multiplies what a row does not see by zero, and a NaN of a block's earlier owner would
+survive that: a sequence whose logits hold no number to choose by ends the group, and its cache with it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +22,7 @@ from runtime.model.drafter import Ask, Drafter
 from runtime.model.forward import Batch, Forward, new_cache
 from runtime.model.guessing import with_guesses
 from runtime.model.shard import Shard
-from runtime.sampling.sampler import SamplerState, sample_ahead
+from runtime.sampling.sampler import NO_TOKEN, SamplerState, sample_ahead
 from runtime.sampling.score import score
 from runtime.types import Chunk, SampledToken, SequenceStart, StepPlan, StepResult, TokenScore
 
@@ -132,6 +136,8 @@ class Runner:
         states = [self._sequences[chunk.slot].sampler for chunk in chunks]
         positions = [chunk.start + chunk.length for chunk in chunks]
         found = sample_ahead(logits, states, positions, [chunk.drafts for chunk in chunks])
+        for chunk, choices in zip(chunks, found, strict=True):
+            _check(chunk, choices[-1].token != NO_TOKEN)
         if self.comm.size > 1:
             ids = [
                 [choice.token for choice in choices] + [-1] * (count - len(choices))
@@ -160,6 +166,7 @@ class Runner:
                     if self.watch is not None:
                         self.watch(logits, part)
                     scores += score(logits, part, sequence.sampler.params.logprobs or 0)
+                    _check(chunk, not any(math.isnan(entry.logprob) for entry in scores[-len(part) :]))
             found.append(tuple(scores))
             first += chunk.length
         return tuple(found) if self.comm.rank == 0 else ()
@@ -177,3 +184,8 @@ class Runner:
             samples = 1 + len(chunk.drafts) if chunk.samples else 0
             runs.append(Run([*known, *chunk.drafts], chunk.start, sequence.blocks, samples, chunk.scores))
         return self._batches.make(runs)
+
+
+def _check(chunk: Chunk, sound: bool) -> None:
+    if not sound:
+        raise ValueError(f"slot {chunk.slot}: its logits hold NaN or infinity, or allow no token")

@@ -63,7 +63,7 @@ class StageLink:
                 return
             sequences = self._untold.popleft()
             for row, token in told.view(-1, 2).tolist():
-                sequences[row].append(token)
+                sequences[row].append(max(token, 0))  # as the last stage itself takes NO_TOKEN
 
 
 def _on_host(x: torch.Tensor) -> torch.Tensor:

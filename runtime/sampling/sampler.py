@@ -22,7 +22,9 @@ from runtime.sampling.score import score_token
 from runtime.sampling.state import SamplerState
 from runtime.types import TokenLogprob
 
-__all__ = ["Choice", "SamplerState", "sample", "sample_ahead"]
+__all__ = ["NO_TOKEN", "Choice", "SamplerState", "sample", "sample_ahead"]
+
+NO_TOKEN = -1  # in place of one: its row holds NaN or +inf, or allows none
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +41,20 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState], positions: Sequ
     """One Choice for each row of `logits` [rows, vocab] fp32 on any device; `logits` is not modified.
 
     positions[i] is the absolute position of the token to be sampled, below 2**32. The states are not
-    advanced: call `append`. Raises ValueError where shapes or types do not fit, and, naming the row, where
-    its logits hold NaN or +inf or allow no token at all.
+    advanced: call `append`. A row whose logits hold NaN or +inf, or allow no token at all, gives NO_TOKEN;
+    the others are what they would be without it. Raises ValueError where shapes or types do not fit.
     """
     rows = _checked(logits, states, positions)
     tops = rows.argmax(axis=1)  # the lowest id among equals; a NaN's, if there is one
     peaks = rows[np.arange(len(rows)), tops]
-    for i in np.flatnonzero(~np.isfinite(peaks)):
-        what = "NaN" if np.isnan(peaks[i]) else "+infinity" if peaks[i] > 0 else "nothing but -infinity"
-        raise ValueError(f"logits of row {i} (position {positions[i]}) hold {what}")
+    sound = np.isfinite(peaks)
+    if not sound.all():
+        which = np.flatnonzero(sound).tolist()
+        found = [Choice(NO_TOKEN)] * len(rows)
+        some = sample(logits[which], [states[i] for i in which], [positions[i] for i in which])
+        for i, choice in zip(which, some, strict=True):
+            found[i] = choice
+        return found
 
     tokens = _chosen(rows, tops.tolist(), states, positions)
     return [
@@ -67,7 +74,8 @@ def sample_ahead(
 
     `logits` [rows, vocab] has 1 + len(drafts[i]) rows for sequence i, row j of which saw its first j guesses;
     positions[i] is that of the first token to be sampled. Sequence i gets one Choice, and one more for each
-    guess that was right before the first wrong one. The states take what was chosen. Raises as `sample`.
+    guess that was right before the first wrong one. NO_TOKEN is a sequence's last. The states take what was
+    chosen. Raises as `sample`.
     """
     first = list(accumulate((1 + len(guesses) for guesses in drafts), initial=0))
     if first[-1] != len(logits):
@@ -80,8 +88,9 @@ def sample_ahead(
         rows = logits if every else logits[[first[i] + ahead for i in open_]]
         choices = sample(rows, [states[i] for i in open_], [positions[i] + ahead for i in open_])
         for i, choice in zip(open_, choices, strict=True):
-            states[i].append(choice.token)
             found[i].append(choice)
+            if choice.token != NO_TOKEN:
+                states[i].append(choice.token)
         open_ = [i for i in open_ if ahead < len(drafts[i]) and found[i][ahead].token == drafts[i][ahead]]
         ahead += 1
     return found
@@ -90,8 +99,10 @@ def sample_ahead(
 def _chosen(
     rows: NDArray[np.float32], tops: list[int], states: Sequence[SamplerState], positions: Sequence[int]
 ) -> list[int]:
-    """The token of each row; `tops` are the lowest ids of the rows' largest logits."""
+    """The token of each row, or NO_TOKEN; `tops` are the lowest ids of the rows' largest logits, which are
+    finite."""
     tokens = list(tops)
+    none = []  # rows that allow no token
     sampled = [i for i, state in enumerate(states) if state.params.temperature > 0.0]
     if sampled:
         seeds = [states[i].params.seed for i in sampled]
@@ -107,7 +118,9 @@ def _chosen(
         if row is not raw:
             tokens[i] = int(row.argmax())
             if row[tokens[i]] == -np.inf:
-                raise ValueError(f"row {i} (position {positions[i]}): no token is allowed")
+                none.append(i)
+                row = raw  # whatever is drawn of it
+                tokens[i] = tops[i]
         if params.temperature > 0.0:
             peak = float(row[tokens[i]])
             kept = survivors(row, peak, params)
@@ -116,6 +129,8 @@ def _chosen(
     if sampled:
         for i, token in zip(sampled, winners(draws, able, z), strict=True):
             tokens[i] = token
+    for i in none:
+        tokens[i] = NO_TOKEN
     return tokens
 
 
@@ -135,7 +150,7 @@ def _checked(
 
 
 def _choice(row: Row, peak: float, token: int, logprobs: int | None) -> Choice:
-    if logprobs is None:
+    if logprobs is None or token == NO_TOKEN:
         return Choice(token)
     found = score_token(row, peak, token, logprobs)
     return Choice(token, found.logprob, found.top)

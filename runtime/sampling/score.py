@@ -24,13 +24,12 @@ def score_token(row: Row, peak: float, token: int, count: int) -> TokenScore:
 
 
 def score(logits: torch.Tensor, tokens: Sequence[int], count: int) -> tuple[TokenScore, ...]:
-    """The score of tokens[i] after logits [rows, vocab] fp32, any device. Raises ValueError, naming the row,
-    where logits hold NaN or +inf or allow no token at all."""
+    """The score of tokens[i] after logits [rows, vocab] fp32, any device: NaN and nothing else where a row
+    holds NaN or +inf, or allows no token at all."""
     rows = np.ascontiguousarray(logits.detach().cpu().numpy())
     found = []
-    for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+    for row, token in zip(rows, tokens, strict=True):
         peak = float(row.max())
-        if not np.isfinite(peak):
-            raise ValueError(f"logits of row {i} hold no finite largest value")
-        found.append(score_token(row, peak, token, count))
+        sound = np.isfinite(peak)
+        found.append(score_token(row, peak, token, count) if sound else TokenScore(float("nan")))
     return tuple(found)

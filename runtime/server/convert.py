@@ -14,6 +14,7 @@ FINISH_REASONS = {
     FinishReason.CANCELLED: generate_pb2.FINISH_REASON_CANCELLED,
     FinishReason.DEADLINE: generate_pb2.FINISH_REASON_DEADLINE,
     FinishReason.ERROR: generate_pb2.FINISH_REASON_ERROR,
+    FinishReason.FAILED: generate_pb2.FINISH_REASON_ERROR,
 }
 
 _SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))

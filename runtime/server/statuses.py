@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from runtime.errors import InvalidArgument, NotFound, QueueFull, TramontaneError, Unavailable
+from runtime.errors import InvalidArgument, ModelFailed, NotFound, QueueFull, TramontaneError, Unavailable
 
 DOMAIN = "tramontane"
 # Statuses travel in HTTP/2 headers, of which clients take 8 KiB by default; texts of users appear in
@@ -43,7 +43,8 @@ def of(error: TramontaneError) -> tuple[grpc.StatusCode, str, tuple]:
 
 
 def ended_by(error: BaseException, context: grpc.aio.ServicerContext) -> grpc.StatusCode:
-    """The status of a call whose handler raised `error`: INTERNAL only for a defect.
+    """The status of a call whose handler raised `error`: INTERNAL only for a defect, and for a
+    model that gives no number.
 
     A client that leaves, or whose deadline passes, shows as a cancellation where the handler waits and as
     some failure of a write where it writes."""
@@ -74,6 +75,8 @@ def _classify(error: TramontaneError) -> tuple[grpc.StatusCode, str, list[Messag
             return grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", details, trailers
         case SlowReader():
             return grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER", [], []
+        case ModelFailed():  # a client that asked again would get the same
+            return grpc.StatusCode.INTERNAL, "MODEL_FAILED", [], []
         case Unavailable():
             return grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE", [], []
         case Unauthenticated():

@@ -244,6 +244,23 @@ def test_an_engine_that_falls_silent_is_lost():
     assert yard.log[0] == "replica 0 is lost: its engine has not answered for 0.1 s"
 
 
+def test_a_defect_at_the_start_is_told():
+    """It does not leave the server waiting for a replica that nobody looks after."""
+
+    class Odd(Made):
+        def connect(self):
+            raise ZeroDivisionError("odd")
+
+    engine = Yard(Odd(), None).supervised(2)
+
+    async def body(client):
+        assert await reply(client) == TEXT[:20]  # by the other
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wait_for(engine.lost(client), 5)
+
+    run(engine, body)
+
+
 def test_stopping_abandons_a_build():
     """The server ends at once, not when a lost replica stands again."""
     began, yard = threading.Event(), Yard()

@@ -11,7 +11,7 @@ import pytest
 from runtime.config import EngineConfig
 from runtime.engine import Engine, IntegrityError
 from runtime.errors import InvalidArgument, QueueFull
-from runtime.types import Finished, FinishReason, SampledToken, StepResult
+from runtime.types import Finished, FinishReason, SampledToken, StepResult, TokenScore
 from tests.engine.harness import Harness, request
 
 CONFIG = EngineConfig(block_size=4, total_blocks=64, max_num_seqs=8, max_step_tokens=64, max_model_len=200)
@@ -99,6 +99,40 @@ def test_logprobs_travel_with_the_token() -> None:
     engine.plan(0.0)
     (output,) = engine.step_finished(StepResult(1, (SampledToken(0, 5, -0.5, ()),)), 0.0)
     assert (output.index, output.token, output.logprob) == (0, 5, -0.5)
+
+
+def test_no_token_ends_that_reply_alone() -> None:
+    engine = Engine(CONFIG)
+    engine.add(request("bad", (1, 2)), 0.0)
+    engine.add(request("good", (3, 4)), 0.0)
+    engine.plan(0.0)
+    engine.plan(0.0)  # goes on from both
+    end, output = engine.step_finished(StepResult(1, (SampledToken(0, -1), SampledToken(1, 7))), 0.0)
+    assert (end.request_id, end.reason, end.completion_tokens) == ("bad", FinishReason.FAILED, 0)
+    assert "NaN" in end.detail and (output.request_id, output.token) == ("good", 7)
+    (output,) = engine.step_finished(StepResult(2, (SampledToken(0, 0), SampledToken(1, 8))), 0.0)
+    assert (output.request_id, output.token) == ("good", 8)
+    engine.check()
+
+
+def test_a_wrong_guess_that_finds_no_token_keeps_those_before() -> None:
+    engine = Engine(CONFIG)
+    engine.add(request("r", (1, 2)), 0.0)
+    engine.plan(0.0)
+    engine.step_finished(StepResult(1, (SampledToken(0, 5),)), 0.0)
+    engine.plan(0.0)
+    (end,) = engine.step_finished(StepResult(2, (SampledToken(0, -1),)), 0.0)
+    assert (end.reason, end.completion_tokens) == (FinishReason.FAILED, 1)
+
+
+def test_scores_that_are_no_numbers_end_the_request() -> None:
+    engine = Engine(CONFIG)
+    engine.add(request("r", (1, 2, 3), scores=True), 0.0)
+    engine.plan(0.0)
+    scores = ((TokenScore(-1.0), TokenScore(float("nan"))),)
+    (end,) = engine.step_finished(StepResult(1, (), scores), 0.0)
+    assert (end.request_id, end.reason) == ("r", FinishReason.FAILED)
+    engine.check()
 
 
 def test_all_ends_when_ranks_are_lost_and_new_ranks_serve() -> None:

@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernels.gpu.rope import rope_store
 from runtime.config import ModelConfig
@@ -14,7 +15,7 @@ from runtime.model.gpu.shard import FP8
 from runtime.model.header import open_model
 from runtime.model.load import load_shard, numerics
 from runtime.model.runner import Runner
-from runtime.sampling.sampler import SamplerState, sample
+from runtime.sampling.sampler import NO_TOKEN, SamplerState, sample
 from runtime.types import Chunk, SamplingParams, SequenceStart, StepPlan
 from tests.gpu.device import ON_GPU
 from tests.gpu.folder import write_folder
@@ -55,6 +56,29 @@ def test_company_and_chunks(model, alone) -> None:
     run = opened(model)
     assert replies(runner(run, 64, 3), PROMPTS, 3) == alone
     assert replies(runner(run, 64, 3), PROMPTS, 3, chunk=2) == alone
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_numbers_that_are_none_end_their_own_reply(model, alone, monkeypatch) -> None:
+    """A row of the token table overflows: a prompt with that token gets no token; its neighbours, and who has
+    its blocks after it, get theirs. The penalty has the device remember what was sampled, and the next step
+    is launched from that before anyone has seen it."""
+    run = runner(opened(model), 64, 3)
+    simulate_graphs(monkeypatch, run.steps)
+    table = run.forward.shard.embedding
+    (table.d if hasattr(table, "d") else table)[40] = torch.inf
+    params = SamplingParams(temperature=0.0, logprobs=2, presence_penalty=1e-3)
+    prompts = [PROMPTS[0], (3, 40, 7, 40, 11), PROMPTS[2]]
+    first, bad, last = replies(run, prompts, 3, params=params, ahead=1)
+    assert [first, last] == [alone[0], alone[2]]
+    assert bad[0] == (NO_TOKEN, None, ())
+    blocks = tuple(range(4))
+    for slot in range(3):
+        run.execute(StepPlan(90 + slot, (slot,), (), ()))
+    again = SequenceStart(1, PROMPTS[1], len(PROMPTS[1]), SamplingParams(temperature=0.0, logprobs=2), ())
+    chunk = Chunk(1, 0, len(PROMPTS[1]), tuple(reversed(blocks)), True)
+    (token,) = run.execute(StepPlan(99, (), (again,), (chunk,))).tokens
+    assert (token.token, token.logprob) == alone[1][0][:2]
 
 
 def test_fp8_keys_and_values(model, alone, monkeypatch) -> None:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from runtime.sampling.sampler import Choice, SamplerState, sample
+from runtime.sampling.sampler import NO_TOKEN, Choice, SamplerState, sample, sample_ahead
+from runtime.sampling.score import score
 from runtime.types import SamplingParams
 from tests.sampling import reference
 
@@ -226,22 +227,37 @@ def test_extreme_logits_make_no_noise():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("at", [0, 5, 300, 599])
-def test_bad_logits_are_refused_naming_the_row(bad, at):
-    logits = torch.zeros(3, 600)
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"seed": 3, "top_p": 0.5, "logprobs": 1}])
+def test_bad_logits_give_no_token_and_leave_the_others(bad, at, params):
+    logits = torch.randn(3, 600, generator=torch.Generator().manual_seed(at))
+    state = SamplerState(SamplingParams(**params), (), (), (), 600)
+    first, _, last = sample(logits, [state] * 3, [7, 8, 9])
     logits[1, at] = bad
-    state = SamplerState(SamplingParams(temperature=0.0), (), (), (), 600)
-    with pytest.raises(ValueError, match=r"row 1 .position 8."):
-        sample(logits, [state] * 3, [7, 8, 9])
+    assert sample(logits, [state] * 3, [7, 8, 9]) == [first, Choice(NO_TOKEN), last]
 
 
-def test_nan_beside_infinity_and_rows_of_nothing_are_refused():
-    state = SamplerState(SamplingParams(temperature=0.0), (), (), (), 3)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_nan_beside_infinity_and_rows_of_nothing_give_no_token(temperature):
+    params = SamplingParams(temperature=temperature, seed=1)
+    state = SamplerState(params, (), (), (), 3)
     for row in ([math.inf, math.nan, 0], [math.nan, math.inf, 0], [-math.inf] * 3):
-        with pytest.raises(ValueError, match="row 0"):
-            sample(torch.tensor([row]), [state], [0])
-    banned = SamplerState(SamplingParams(temperature=0.0, min_tokens=1), (), (), (0, 1, 2), 3)
-    with pytest.raises(ValueError, match="row 0"):
-        sample(torch.zeros(1, 3), [banned], [0])
+        assert sample(torch.tensor([row]), [state], [0]) == [Choice(NO_TOKEN)]
+    banned = SamplerState(dataclasses.replace(params, min_tokens=1, logprobs=1), (), (), (0, 1, 2), 3)
+    rows = torch.tensor([[0.0, 0, 0], [1, 2, 3], [3, 2, 1]])
+    alone = sample(rows[1:], [state] * 2, [4, 5])
+    assert sample(rows, [banned, state, state], [3, 4, 5]) == [Choice(NO_TOKEN), *alone]
+
+
+def test_a_sequence_of_guesses_ends_at_no_token():
+    state = SamplerState(SamplingParams(temperature=0.0, presence_penalty=0.1), (), (), (), 3)
+    logits = torch.tensor([[0, 9, 0], [math.nan, 0, 0], [0, 0, 9.0]])
+    assert sample_ahead(logits, [state], [4], [[1, 2]]) == [[Choice(1), Choice(NO_TOKEN)]]
+
+
+def test_scores_of_bad_rows_are_nan():
+    found = score(torch.tensor([[0.0, 1], [math.nan, 0], [1, math.inf], [-math.inf, -math.inf]]), [0] * 4, 1)
+    assert math.isfinite(found[0].logprob) and len(found[0].top) == 1
+    assert all(math.isnan(entry.logprob) and entry.top == () for entry in found[1:])
 
 
 def test_misuse_is_refused():

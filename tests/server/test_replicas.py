@@ -475,6 +475,14 @@ def model(tiny):
     return tiny(context=128, ffn=352, heads=6, kv_heads=3, head_dim=32, hidden=192)
 
 
+def test_a_model_that_gives_no_number_is_not_asked_again():
+    engines = [ScriptedEngine(TEXT, ending=FinishReason.FAILED) for _ in range(2)]
+    client = over(*engines)
+    outputs = asyncio.run(collect(client, Request("r", (1,), SamplingParams(max_tokens=5, seed=1))))
+    assert outputs[-1].reason is FinishReason.FAILED
+    assert client.moved == 0 and sum(len(engine.requests) for engine in engines) == 1
+
+
 def test_real_engines_cut_at_every_point(model):
     """Tokens, logprobs and alternatives are bit-equal to a plain run's, whatever tp the other has."""
     wanted = requests(384, 128, count=4, longest=10)

@@ -224,6 +224,7 @@ def test_a_defect_is_internal_and_keeps_its_words_to_itself(caplog):
     ("reason", "number", "code"),
     [
         (FinishReason.ERROR, generate_pb2.FINISH_REASON_ERROR, grpc.StatusCode.UNAVAILABLE),
+        (FinishReason.FAILED, generate_pb2.FINISH_REASON_ERROR, grpc.StatusCode.INTERNAL),
         (FinishReason.CANCELLED, generate_pb2.FINISH_REASON_CANCELLED, grpc.StatusCode.CANCELLED),
         (FinishReason.DEADLINE, generate_pb2.FINISH_REASON_DEADLINE, grpc.StatusCode.DEADLINE_EXCEEDED),
     ],

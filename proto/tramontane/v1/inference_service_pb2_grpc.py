@@ -39,7 +39,8 @@ class InferenceServiceStub:
     UNAVAILABLE         not ready yet, shutting down, or the engine is gone: try again, or elsewhere; with
     GenerateRequest.resume a stream that broke goes on where it was
     DEADLINE_EXCEEDED   the call's deadline passed
-    INTERNAL            a defect of the server
+    INTERNAL            a defect of the server; or the model gives no number to choose a token by (reason
+    MODEL_FAILED), as it would on any other server
 
     A call's gRPC deadline is the request's deadline. Cancelling a call frees what it held.
     grpc.health.v1.Health answers for "" (the process lives) and "tramontane.v1.InferenceService" (the
@@ -101,7 +102,8 @@ class InferenceServiceServicer:
     UNAVAILABLE         not ready yet, shutting down, or the engine is gone: try again, or elsewhere; with
     GenerateRequest.resume a stream that broke goes on where it was
     DEADLINE_EXCEEDED   the call's deadline passed
-    INTERNAL            a defect of the server
+    INTERNAL            a defect of the server; or the model gives no number to choose a token by (reason
+    MODEL_FAILED), as it would on any other server
 
     A call's gRPC deadline is the request's deadline. Cancelling a call frees what it held.
     grpc.health.v1.Health answers for "" (the process lives) and "tramontane.v1.InferenceService" (the
@@ -215,7 +217,8 @@ class InferenceService:
     UNAVAILABLE         not ready yet, shutting down, or the engine is gone: try again, or elsewhere; with
     GenerateRequest.resume a stream that broke goes on where it was
     DEADLINE_EXCEEDED   the call's deadline passed
-    INTERNAL            a defect of the server
+    INTERNAL            a defect of the server; or the model gives no number to choose a token by (reason
+    MODEL_FAILED), as it would on any other server
 
     A call's gRPC deadline is the request's deadline. Cancelling a call frees what it held.
     grpc.health.v1.Health answers for "" (the process lives) and "tramontane.v1.InferenceService" (the

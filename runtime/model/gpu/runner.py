@@ -21,6 +21,7 @@ from runtime.model.gpu.shard import GpuShard
 from runtime.model.gpu.steps import Steps
 from runtime.model.guessing import with_guesses
 from runtime.model.runner import Watch
+from runtime.sampling.sampler import NO_TOKEN
 from runtime.sampling.score import score
 from runtime.types import Chunk, SampledToken, SequenceStart, StepPlan, StepResult, TokenScore
 
@@ -133,12 +134,11 @@ class GpuRunner:
             zip(chunks, launched.sequences, ids.view(-1, width).tolist(), strict=True)
         ):
             tokens = [token for token in ahead if token != CLOSED]
-            if min(tokens) < 0:
-                raise ValueError(f"slot {chunk.slot}: its logits hold NaN or infinity, or allow no token")
-            # Plans go on from the one token of a plan that was not collected, never from guesses.
+            # Plans go on from the one token of a plan that was not collected, never from guesses. One that
+            # goes on from NO_TOKEN is nobody's.
             known = chunk.start + chunk.length
-            sequence.tokens[known : known + 1] = tokens
-            if row not in launched.logits:
+            sequence.tokens[known : known + 1] = [max(token, 0) for token in tokens]
+            if row not in launched.logits or NO_TOKEN in tokens:
                 found += [SampledToken(chunk.slot, token) for token in tokens]
                 continue
             scores = score(launched.logits[row][: len(tokens)], tokens, sequence.logprobs)
