@@ -25,6 +25,7 @@ def kv_blocks(
     *,
     sharers: int | None = None,
     draft: OpenModel | None = None,
+    unloaded: bool = False,
 ) -> EngineConfig:
     """Fill in `max_model_len`, `total_blocks`, `draft_cost` with a draft model, and `microbatches`, of which
     there are as many as stages.
@@ -33,7 +34,8 @@ def kv_blocks(
     A draft model keeps its KV by the same blocks. Without --kv-memory a rank takes a quarter of what is free,
     shared by the ranks of the host, 512 MiB at most, yet room for one full context. A rank on a GPU, which
     has loaded its weights by then, takes what is left but for GPU_SPARE. `sharers`: ranks that live off one
-    memory; None: all on a host, one on a GPU.
+    memory; None: all on a host, one on a GPU. `unloaded`: this host's memory is still to take the weights
+    of all ranks.
     """
     context = opened.spec.context_length
     if max_model_len is not None:
@@ -57,6 +59,7 @@ def kv_blocks(
     for_one = -(-context // block)
     sharers = sharers or (1 if opened.device == "cuda" else parallel.tp * parallel.pp)
     free = _free(opened.device)
+    weights = _weights(opened) + (_weights(draft) if draft else 0) if unloaded else 0
     if parallel.kv_memory is not None:
         blocks = parallel.kv_memory // block_bytes
         if blocks < 1:
@@ -64,14 +67,15 @@ def kv_blocks(
     else:
         spare = free // sharers
         if opened.device == "cpu":
-            spare = min(DEFAULT_CAP, int(free * DEFAULT_SHARE) // sharers)
+            spare = min(DEFAULT_CAP, int(max(0, free - weights) * DEFAULT_SHARE) // sharers)
         blocks = max(spare // block_bytes, for_one)
     if engine.total_blocks:
         blocks = engine.total_blocks
     blocks = min(blocks, for_one * engine.max_num_seqs)  # more can never be used at once
-    if blocks * block_bytes * sharers > free:
+    if weights + blocks * block_bytes * sharers > free:
+        beside = f", the weights at least {weights / 2**30:.1f} GiB," if weights else ""
         raise NotEnough(
-            f"{blocks} KV blocks of {block} tokens take {blocks * block_bytes * sharers / 2**30:.1f} GiB "
+            f"{blocks} KV blocks of {block} tokens take {blocks * block_bytes * sharers / 2**30:.1f} GiB{beside} "
             f"and {free / 2**30:.1f} GiB are free: give a smaller --max-model-len or --kv-memory"
         )
     return replace(
@@ -91,3 +95,12 @@ def _free(device: str) -> int:
 
     free, _ = torch.cuda.mem_get_info()
     return max(0, free - GPU_SPARE)
+
+
+def _weights(opened: OpenModel) -> int:
+    """Bytes that all ranks keep of a model on CPUs, at the least: operators want some types larger than the
+    file has them."""
+    tensors = opened.checkpoint.tensors.values()
+    if opened.quantize:
+        return sum(info.rows * info.cols for info in tensors) * 5 // 8  # 4 bits, and their share of scales
+    return sum(info.nbytes for info in tensors)

@@ -180,7 +180,9 @@ class LocalEngine:
         room = partial(
             kv_blocks, opened, engine or EngineConfig(), parallel, model.max_model_len, draft=draft
         )
-        config = room() if device == "cpu" else None  # on a GPU once the weights have taken theirs
+        config = (
+            room(unloaded=True) if device == "cpu" else None
+        )  # on a GPU once the weights have taken theirs
         shards = [
             load_shard(opened, rank, parallel.tp, pp=parallel.pp, progress=progress if rank == 0 else None)[0]
             for rank in range(ranks)

@@ -86,6 +86,26 @@ def test_the_largest_stage_decides(tiny, free):
         assert config.microbatches == pp
 
 
+def test_weights_that_are_still_to_come_are_counted(model, free):
+    weights = sum(info.nbytes for info in model.checkpoint.tensors.values())
+    one = 4096 * 1024  # bytes of a context
+
+    def settle(**engine) -> EngineConfig:
+        return kv_blocks(model, EngineConfig(**engine), ParallelConfig(tp=2), None, unloaded=True)
+
+    free(weights + one)
+    assert settle().max_model_len == 4096
+    free(weights + one - 1)
+    with pytest.raises(NotEnough, match=r"the weights at least 0\.0 GiB, and"):
+        settle()
+    assert kv_blocks(model, EngineConfig(), ParallelConfig(tp=2), None).max_model_len == 4096
+    free(weights + 8 * one)
+    assert settle(max_num_seqs=1000).total_blocks == 2 * 4096 // 64  # a quarter of what the weights leave
+    free(weights // 2)
+    with pytest.raises(NotEnough, match="the weights at least"):
+        settle()
+
+
 def test_unasked_it_takes_a_share_yet_room_for_one_context(model, free):
     roomy = blocks(model, max_num_seqs=10_000)
     assert roomy.total_blocks * 64 * 1024 <= capacity.DEFAULT_CAP

@@ -60,7 +60,8 @@ class Cluster:
         draft = open_draft(config.model, opened, config.parallel)
         if config.parallel.device == "cpu" and ray_address is None:
             # This host's memory is the ranks'; elsewhere, and on GPUs, they judge by their own.
-            kv_blocks(opened, config.engine, config.parallel, config.model.max_model_len, draft=draft)
+            length = config.model.max_model_len
+            kv_blocks(opened, config.engine, config.parallel, length, draft=draft, unloaded=True)
         self._started_ray = False
         self._group = None
         self._engine = None

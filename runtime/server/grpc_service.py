@@ -16,7 +16,7 @@ from runtime.errors import InvalidArgument, NotFound, QueueFull, Unavailable
 from runtime.server import convert
 from runtime.server.backlog import Backlog
 from runtime.server.metrics import Metrics, StreamMeter
-from runtime.server.pipeline import Pipeline
+from runtime.server.pipeline import Completion, Pipeline
 from runtime.server.reply import Final, Piece
 from runtime.server.statuses import Cancelled, DeadlineExceeded, ended_by
 from runtime.types import FinishReason
@@ -41,9 +41,12 @@ class Admission(enum.Enum):
 class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
     """`admission`, `wait_idle` and `cut_off` are for the server that owns this."""
 
-    def __init__(self, pipeline: Pipeline, metrics: Metrics, *, max_streams: int, max_lag: int):
-        """`max_streams`: replies that may be open at once. `max_lag`: tokens and alternatives that a
-        stream's reader may be behind before it loses the stream."""
+    def __init__(
+        self, pipeline: Pipeline, metrics: Metrics, *, max_streams: int, max_lag: int, max_scores: int
+    ):
+        """`max_streams`: replies that may be open at once. `max_lag`: tokens that a reply's reader may be
+        behind before it loses the stream. `max_scores`: tokens and alternatives that may be scored at once,
+        since they all wait here for readers that do not read."""
         self.admission = Admission.STARTING
         self._open: set[Backlog] = set()  # one a stream
         self._idle = asyncio.Event()
@@ -52,6 +55,8 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         self._metrics = metrics
         self._max_streams = max_streams
         self._max_lag = max_lag
+        self._max_scores = max_scores
+        self._scored = 0
 
     async def Generate(self, request, context: grpc.aio.ServicerContext) -> None:
         self._admit(request.model)
@@ -69,8 +74,22 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         request_id = secrets.token_hex(8)
         completion = convert.scoring(request, request_id, context.time_remaining())
         meter = self._metrics.stream(replies=False)
-        pieces = self._pipeline.score(completion)
-        await self._stream(pieces, convert.score_response, request_id, context, meter)
+        pieces = self._scores(completion)
+        await self._stream(pieces, convert.score_response, request_id, context, meter, waits=True)
+
+    async def _scores(self, completion: Completion) -> AsyncGenerator[Piece, None]:
+        """The pieces of a text that is scored. Raises QueueFull where too much is scored already."""
+        request = await self._pipeline.prepare_score(completion)
+        size = len(request.prompt) * (1 + request.params.logprobs)
+        if self._scored and self._scored + size > self._max_scores:
+            raise QueueFull(1.0, f"{self._scored} tokens and alternatives are being scored")
+        self._scored += size
+        try:
+            async with aclosing(self._pipeline.scores(request)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            self._scored -= size
 
     async def Tokenize(self, request, context):
         self._check_model(request.model)
@@ -126,13 +145,14 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         request_id: str,
         context: grpc.aio.ServicerContext,
         meter: StreamMeter,
+        waits: bool = False,
     ) -> None:
         """Write pieces as messages. They are read by a task of its own, so that a client that does not read
-        holds up its own stream alone."""
+        holds up its own stream alone. `waits`: they come no sooner than it reads."""
         backlog = Backlog(self._max_lag)
         self._open.add(backlog)
         self._idle.clear()
-        pump = asyncio.create_task(_pump(pieces, backlog, meter))
+        pump = asyncio.create_task(_pump(pieces, backlog, meter, waits))
         # However this ends, the request must not live on in the engine; depending on where the handler
         # waits, a cancelled call shows as different exceptions, and the callback needs none of them.
         context.add_done_callback(lambda _: pump.cancel())
@@ -172,12 +192,15 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         return convert.model(self._pipeline.info, tokenizer.bos_id, tuple(tokenizer.eos_ids))
 
 
-async def _pump(pieces: AsyncGenerator[Piece, None], backlog: Backlog, meter: StreamMeter) -> None:
-    """Move pieces into the backlog as they come. Errors go to the backlog's reader."""
+async def _pump(
+    pieces: AsyncGenerator[Piece, None], backlog: Backlog, meter: StreamMeter, waits: bool
+) -> None:
+    """Move pieces into the backlog as they come, or as they are taken. Errors go to the backlog's reader."""
     try:
         async with aclosing(pieces):
             async for piece in pieces:
                 meter.piece(piece)
+                await (backlog.emptied() if waits else backlog.room(piece))
                 backlog.put(piece)
     except BaseException as error:
         backlog.close(error)

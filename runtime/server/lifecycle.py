@@ -44,7 +44,8 @@ class Limits:
 
     max_message_bytes: int = 8 << 20  # of a request; a prompt of 10^6 tokens is about 4 MB
     max_streams: int = 1024  # replies open at once; more are refused with QueueFull
-    max_lag: int = 1 << 16  # tokens and alternatives a reader may be behind: about 8 MB
+    max_lag: int = 1 << 16  # tokens a reply's reader may be behind, alternatives an eighth each: about 8 MB
+    max_scores: int = 1 << 23  # tokens and alternatives scored at once: 800 MB where no reader reads
 
 
 async def serve(
@@ -68,7 +69,13 @@ async def serve(
     metrics = Metrics(pipeline.info)
     guards = [Guard(metrics)] if may.tokens is None else [Gate(may.tokens, metrics), Guard(metrics)]
     server = grpc.aio.server(interceptors=guards, options=channel_options(limits))
-    service = InferenceService(pipeline, metrics, max_streams=limits.max_streams, max_lag=limits.max_lag)
+    service = InferenceService(
+        pipeline,
+        metrics,
+        max_streams=limits.max_streams,
+        max_lag=limits.max_lag,
+        max_scores=limits.max_scores,
+    )
     inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
     healths = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)

@@ -24,6 +24,9 @@ from runtime.tokenizer.chat import ChatTemplate, render_chat
 from runtime.tokenizer.tokenizer import Tokenizer
 from runtime.types import Branch, EngineInfo, Finished, Request, SamplingParams, ScoreOutput
 
+# Tokens and alternatives in one piece: an engine's chunk of scores may have a hundred times as many.
+_SCORED_AT_ONCE = 8192
+
 
 @dataclass(frozen=True, slots=True)
 class Resume:
@@ -197,12 +200,9 @@ class Pipeline:
                         await self.client.stop_at(request.request_id, reply.tokens, output.choice)
                     yield piece
 
-    async def score(self, completion: Completion) -> AsyncGenerator[Piece, None]:
-        """Yield the prompt's tokens with what the model thought of each: pieces without text, whose last one
-        carries a Final. `params.logprobs` is how many most likely tokens to name. Closing it aborts.
-
-        Raises InvalidArgument, QueueFull, Unavailable.
-        """
+    async def prepare_score(self, completion: Completion) -> Request:
+        """The engine's request for scores of a prompt's tokens. `params.logprobs` is how many most likely
+        tokens to name. Raises InvalidArgument."""
         started = time.monotonic()
         prompt = await asyncio.to_thread(self.encode, completion)
         top = validate_top(completion.params.logprobs)
@@ -212,7 +212,7 @@ class Pipeline:
                 "prompt", f"holds {len(prompt)} tokens; only those after the first have scores"
             )
         deadline = completion.deadline
-        request = Request(
+        return Request(
             request_id=completion.request_id,
             prompt=prompt,
             params=SamplingParams(temperature=0.0, seed=0, logprobs=top),
@@ -221,13 +221,24 @@ class Pipeline:
             cache_salt=completion.cache_salt,
             scores=True,
         )
+
+    async def scores(self, request: Request) -> AsyncGenerator[Piece, None]:
+        """Yield the prompt's tokens with what the model thought of each: pieces without text, whose last one
+        carries a Final. Closing it aborts.
+
+        Raises InvalidArgument, QueueFull, Unavailable.
+        """
+        prompt = request.prompt
+        count = max(1, _SCORED_AT_ONCE // (1 + request.params.logprobs))
         yield Piece("", prompt[:1], (TokenLogprobs(None, ()),))
         async with aclosing(self.client.generate(request)) as outputs:
             async for output in outputs:
                 if isinstance(output, ScoreOutput):
-                    tokens = prompt[output.first : output.first + len(output.scores)]
-                    entries = tuple(TokenLogprobs(score.logprob, score.top) for score in output.scores)
-                    yield Piece("", tokens, entries)
+                    for start in range(0, len(output.scores), count):
+                        scores = output.scores[start : start + count]
+                        first = output.first + start
+                        entries = tuple(TokenLogprobs(score.logprob, score.top) for score in scores)
+                        yield Piece("", prompt[first : first + len(scores)], entries)
                 elif isinstance(output, Finished):
                     yield Piece("", final=_scored(output, self.info.numerics))
 

@@ -215,9 +215,9 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(scores):
     pipeline, client = make(b"x")
     pipeline.tokenizer.encode = None
     completion = Completion("r1", text="x" * 20_000)
-    pieces = pipeline.score(completion) if scores else pipeline.run(completion)
+    prepare = pipeline.prepare_score if scores else pipeline.prepare
     with pytest.raises(InvalidArgument) as caught:
-        asyncio.run(anext(pieces))
+        asyncio.run(prepare(completion))
     assert str(caught.value) == "prompt: holds at least 10000 tokens; the context is of 4096"
     assert client.requests == []
 

@@ -8,7 +8,9 @@ import pytest
 
 import tramontane
 from runtime.errors import QueueFull
-from tests.server.harness import bad_field, refusal, serving
+from runtime.server.lifecycle import Limits
+from runtime.types import Finished, FinishReason, ScoreOutput, TokenLogprob, TokenScore
+from tests.server.harness import bad_field, details, refusal, serving
 from tests.server.scripted import BOS, ScriptedEngine
 from tests.server.test_streams import until
 from tramontane.v1 import generate_pb2, score_pb2
@@ -85,6 +87,72 @@ def test_a_client_that_cancels_frees_its_request():
             await until(lambda: engine.running == 1)
             call.cancel()
             await until(lambda: engine.running == 0 and running.server._service.open_streams == 0)
+
+    asyncio.run(go())
+
+
+class InChunks(ScriptedEngine):
+    """Scores come a chunk at a time, and as fast as they are taken."""
+
+    chunk = 1024
+
+    async def _outputs(self, request):
+        length = len(request.prompt)
+        top = tuple(TokenLogprob(token, -1.0) for token in range(request.params.logprobs))
+        for first in range(1, length, self.chunk):
+            count = min(self.chunk, length - first)
+            yield ScoreOutput(
+                request.request_id, first, tuple(TokenScore(-float(first + n), top) for n in range(count))
+            )
+            self.sent += count
+        yield Finished(request.request_id, FinishReason.LENGTH, length, 0, 0)
+
+
+def test_however_many_alternatives_a_chunk_has_no_reader_is_too_slow():
+    async def go():
+        async with serving(InChunks(), limits=Limits(max_lag=10)) as running:
+            request = score_pb2.ScoreRequest(top=100, token_ids=ids(*[5] * 1100))
+            messages = [message async for message in running.stub.Score(request)]
+            logprobs = [token.logprob for message in messages for token in message.tokens]
+            assert logprobs == [-float(place) for place in range(1100)]
+            assert all(len(token.top) == 100 for message in messages for token in message.tokens[1:])
+            assert max(message.ByteSize() for message in messages) < 1 << 18
+            assert messages[-1].HasField("finish")
+
+    asyncio.run(go())
+
+
+def test_scores_wait_for_their_reader():
+    async def go():
+        engine = InChunks()
+        async with serving(engine, context_length=200_000) as running:
+            call = running.stub.Score(score_pb2.ScoreRequest(top=50, token_ids=ids(*[5] * 100_000)))
+            await call.read()
+            await asyncio.sleep(0.2)
+            # gRPC takes some megabytes ahead of a reader, of 70 that there are.
+            assert engine.sent < 50_000 and engine.running == 1
+            call.cancel()
+            await until(lambda: engine.running == 0)
+
+    asyncio.run(go())
+
+
+def test_scores_that_may_wait_are_bounded_together():
+    async def go():
+        async with serving(ScriptedEngine(pace=1000.0), limits=Limits(max_scores=30)) as running:
+            long, short = (score_pb2.ScoreRequest(text="a" * length, top=4) for length in (30, 2))
+            first = running.stub.Score(long)
+            await first.read()  # alone, any fits
+            error = await refusal(running.stub.Score(short))
+            assert details(error)["ErrorInfo"].reason == "QUEUE_FULL" and "155" in error.details()
+            first.cancel()
+            await until(lambda: running.server._service.open_streams == 0)
+            both = [running.stub.Score(short), running.stub.Score(short)]
+            for call in both:
+                await call.read()
+            assert details(await refusal(running.stub.Score(short)))["ErrorInfo"].reason == "QUEUE_FULL"
+            for call in both:
+                call.cancel()
 
     asyncio.run(go())
 

@@ -1,6 +1,7 @@
 """Streams that go wrong: clients that leave, are late, do not read, or send garbage."""
 
 import asyncio
+import itertools
 import math
 import os
 import subprocess
@@ -17,7 +18,7 @@ from runtime.server.lifecycle import Limits, channel_options
 from runtime.server.malformed import explain
 from runtime.server.reply import Piece, TokenLogprobs
 from runtime.server.statuses import SlowReader
-from runtime.types import TokenLogprob
+from runtime.types import Finished, FinishReason, TokenLogprob, TokenOutput
 from tests.server.harness import ask, bad_field, details, refusal, serving
 from tests.server.scripted import ScriptedEngine
 from tramontane.v1 import generate_pb2, inference_service_pb2
@@ -159,6 +160,109 @@ def test_backlog_merges_in_order_and_bounds_what_it_holds():
             small.put(Piece("c", (3,)))
 
     asyncio.run(go())
+
+
+def test_a_piece_fits_an_empty_backlog_whatever_it_weighs():
+    async def go():
+        backlog = Backlog(limit=2)
+        for _ in range(2):
+            backlog.put(Piece("abc", (1, 2, 3)))
+            assert (await backlog.take()).token_ids == (1, 2, 3)
+        backlog.put(Piece("abc", (1, 2, 3)))
+        with pytest.raises(SlowReader, match="3 tokens behind"):
+            backlog.put(Piece("d", (4,)))
+
+    asyncio.run(go())
+
+
+def test_a_burst_does_not_make_a_reader_too_slow():
+    """What an engine has ready, from when the event loop was held up, comes without a turn for the reader."""
+
+    class AtOnce(ScriptedEngine):
+        async def _outputs(self, request):
+            for index in range(3000):
+                for choice in range(4):
+                    yield TokenOutput(request.request_id, index, ord("x"), choice=choice)
+            for choice in range(4):
+                yield Finished(
+                    request.request_id, FinishReason.LENGTH, 3, 0, 3000, None, "", choice, choice == 3
+                )
+
+    async def go():
+        async with serving(AtOnce(), limits=Limits(max_lag=1000)) as running:
+            request = ask()
+            request.n = 4
+            return [message async for message in running.stub.Generate(request)]
+
+    messages = asyncio.run(go())
+    assert sum(len(message.token_ids) for message in messages) == 12_000
+    assert sum(message.HasField("finish") for message in messages) == 4
+
+
+def test_a_backlog_that_was_closed_takes_no_more():
+    async def go():
+        backlog = Backlog(limit=100)
+        backlog.put(Piece("a", (1,)))
+        backlog.close(ValueError("first"))
+        backlog.put(Piece("b", (2,)))
+        backlog.close()
+        await asyncio.wait_for(backlog.emptied(), 5)  # whoever waited to put more has no need to
+        assert (await backlog.take()).text == "a"
+        with pytest.raises(ValueError, match="first"):
+            await backlog.take()
+
+    asyncio.run(go())
+
+
+def some(count):
+    floats = st.floats(-1e30, 0.0)
+    tops = st.lists(st.builds(TokenLogprob, st.integers(0, 2**32 - 1), floats), max_size=3).map(tuple)
+    entries = st.builds(TokenLogprobs, st.none() | floats, tops)
+    return st.tuples(*[entries] * count)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 3).flatmap(some) | st.just(()), max_size=8), st.integers(0, 7))
+def test_what_waits_comes_out_as_it_was(logprobs, taken_after):
+    """Logprobs are kept in another form while they wait."""
+    pieces = [Piece("x" * len(each), tuple(range(len(each))), each) for each in logprobs]
+
+    async def go():
+        backlog, taken = Backlog(limit=1000), []
+        for number, piece in enumerate(pieces):
+            backlog.put(piece)
+            if number == taken_after:
+                taken.append(await backlog.take())
+        backlog.close()
+        while (piece := await backlog.take()) is not None:
+            taken.append(piece)
+        return taken
+
+    taken = asyncio.run(go())
+    for name in ("text", "token_ids", "logprobs"):
+        sent, got = ([list(getattr(piece, name)) for piece in some] for some in (pieces, taken))
+        assert list(itertools.chain(*got)) == list(itertools.chain(*sent))
+
+
+def test_many_choices_with_many_alternatives_may_wait():
+    """A unit of what a reader may be behind is memory: 64 choices of 100 alternatives are not behind after
+    some steps of the engine."""
+
+    def token(number):
+        top = tuple(TokenLogprob(100_000 + number * 100 + rank, -0.5 - rank) for rank in range(100))
+        return (TokenLogprobs(-0.25, top),)
+
+    async def go():
+        tracemalloc.start()
+        try:
+            backlog = Backlog(limit=8192)
+            for number in range(75 * 8):
+                backlog.put(Piece("word", (30_000,), token(number), choice=number % 8))
+            return tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+
+    assert asyncio.run(go()) < 8192 * 130
 
 
 def test_what_waits_is_kept_small():
