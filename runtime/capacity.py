@@ -73,9 +73,10 @@ def kv_blocks(
         blocks = engine.total_blocks
     blocks = min(blocks, for_one * engine.max_num_seqs)  # more can never be used at once
     if weights + blocks * block_bytes * sharers > free:
+        kv = f"{blocks * block_bytes * sharers / 2**30:.1f} GiB"
         beside = f", the weights at least {weights / 2**30:.1f} GiB," if weights else ""
         raise NotEnough(
-            f"{blocks} KV blocks of {block} tokens take {blocks * block_bytes * sharers / 2**30:.1f} GiB{beside} "
+            f"{blocks} KV blocks of {block} tokens take {kv}{beside} "
             f"and {free / 2**30:.1f} GiB are free: give a smaller --max-model-len or --kv-memory"
         )
     return replace(
