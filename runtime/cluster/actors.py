@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import os
 import threading
-import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -159,7 +158,7 @@ class EngineActor:
 
         self._ranks = TcpRanks(ranks)
         self._serving = threading.Event()
-        self._gateways: set = set()
+        self._outboxes: set = set()  # of the gateways
         self._listener = Listener(host or ray.util.get_node_ip_address(), token, self._greet)
 
     def address(self) -> tuple[str, int]:
@@ -193,29 +192,28 @@ class EngineActor:
         return str(answer[0]) if answer[0] else None
 
     def _greet(self, hello, connection) -> None:
-        from runtime.wire.gateway_channel import WELCOME_SECONDS, serve_gateway
+        from runtime.wire.gateway_channel import OUTBOX_BYTES, WELCOME_SECONDS, serve_gateway
+        from runtime.wire.outbox import Outbox
 
         if hello.role == "rank":
             self._ranks.join(hello, connection)
         elif hello.role == "gateway" and self._serving.wait(WELCOME_SECONDS):
-            self._gateways.add(connection)
+            outbox = Outbox(connection, OUTBOX_BYTES)
+            self._outboxes.add(outbox)
             try:
-                serve_gateway(connection, self._loop, self._info)
+                serve_gateway(connection, outbox, self._loop, self._info)
             finally:
-                self._gateways.discard(connection)
+                self._outboxes.discard(outbox)
         else:
             connection.close()
 
     def _tell_lost(self, detail: str) -> None:
-        from runtime.wire.messages import WireError
+        from runtime.wire.messages import encode
 
-        time.sleep(0.05)  # the last outputs of requests go out first
-        for connection in list(self._gateways):
-            try:
-                connection.send("lost", detail)
-            except WireError:
-                continue  # that gateway has gone already
-        _leave()
+        _leave()  # whatever becomes of the rest
+        frame = encode("lost", detail)
+        for outbox in list(self._outboxes):
+            outbox.put(frame)  # behind the last outputs of its requests
 
 
 def _leave() -> None:

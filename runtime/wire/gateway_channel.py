@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import queue
-import threading
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
@@ -32,26 +30,22 @@ from runtime.wire.messages import (
     refusal,
     refusal_error,
 )
+from runtime.wire.outbox import Outbox
 
 WELCOME_SECONDS = 20.0  # that a gateway which comes before the engine serves is kept waiting
 CONNECT_SECONDS = WELCOME_SECONDS + 10.0
+# That may wait for a gateway. The most an engine says is scores with 100 alternatives a token, 2 KB each: of
+# 2,048 tokens a step 40 MB a second, of which a gateway may then miss six; of common streams, many minutes.
+OUTBOX_BYTES = 256 << 20
 
 _CONNECTIONS = itertools.count()
 
 
-def serve_gateway(connection: Connection, loop: EngineLoop, info: EngineInfo) -> None:
-    """Serve one gateway until it hangs up; then everything it had asked for is aborted. Blocks."""
-    outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+def serve_gateway(connection: Connection, outbox: Outbox, loop: EngineLoop, info: EngineInfo) -> None:
+    """Serve one gateway until it hangs up, or reads so little that its outbox does; then everything it had
+    asked for is aborted. Blocks."""
     mine: set[str] = set()
     prefix = f"{next(_CONNECTIONS)}/"  # gateways choose ids by themselves; within the engine they must differ
-
-    def write() -> None:
-        # A thread of its own, so that a gateway which does not read never holds up the engine.
-        try:
-            while (frame := outbox.get()) is not None:
-                connection.send_frame(frame)
-        except WireError:
-            connection.close()
 
     def deliver_to(request_id: str):
         def deliver(output: Output | TramontaneError) -> None:
@@ -69,7 +63,6 @@ def serve_gateway(connection: Connection, loop: EngineLoop, info: EngineInfo) ->
 
         return deliver
 
-    threading.Thread(target=write, name="gateway-writer", daemon=True).start()
     outbox.put(encode("welcome", info))
     try:
         while True:
@@ -89,8 +82,7 @@ def serve_gateway(connection: Connection, loop: EngineLoop, info: EngineInfo) ->
     except WireError:
         pass  # it hung up, or is not a gateway: either way its requests end
     finally:
-        connection.close()
-        outbox.put(None)
+        outbox.close()
         for request_id in list(mine):
             loop.abort(prefix + request_id)
 

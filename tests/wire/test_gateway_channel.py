@@ -17,8 +17,9 @@ from runtime.errors import InvalidArgument, QueueFull, Unavailable
 from runtime.local import LocalEngine
 from runtime.types import Branch, Finished, FinishReason, Request, SamplingParams, TokenOutput
 from runtime.wire.connection import LENGTH, Connection, Listener
-from runtime.wire.gateway_channel import EngineChannel, serve_gateway
+from runtime.wire.gateway_channel import OUTBOX_BYTES, EngineChannel, serve_gateway
 from runtime.wire.messages import Abort, Hello, encode
+from runtime.wire.outbox import Outbox
 from tests.replies import ask, ask_all, ask_choices, greedy
 
 TOKEN = "a secret"
@@ -26,6 +27,8 @@ TOKEN = "a secret"
 
 class Served:
     """An engine of this process behind a listener."""
+
+    limit = OUTBOX_BYTES
 
     def __init__(self, path, **settings):
         self.engine = LocalEngine(ModelConfig(str(path)), EngineConfig(**settings), ParallelConfig(threads=1))
@@ -35,7 +38,7 @@ class Served:
 
     def _greet(self, hello: Hello, connection: Connection) -> None:
         self.connections.append(connection)
-        serve_gateway(connection, self.engine.loop, self.info)
+        serve_gateway(connection, Outbox(connection, self.limit), self.engine.loop, self.info)
 
     async def connect(self) -> EngineChannel:
         return await EngineChannel.connect(self.listener.host, self.listener.port, TOKEN)
@@ -253,6 +256,29 @@ def test_a_gateway_that_does_not_read_holds_nobody_up(served):
         await until(channel, lambda load: load.running == 0)
 
     run(served, body)
+
+
+def test_a_gateway_that_reads_nothing_is_hung_up_on_at_a_bound(served):
+    """What waits for it does not grow for ever; its requests end, and others go on."""
+    served.limit = 20_000
+
+    async def body(channel):
+        mine = asyncio.create_task(ask(channel, greedy("mine", (1, 2), 300)))
+        other = served.raw()
+        theirs = served.connections[-1].detach()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+        for i in range(8):
+            params = SamplingParams(max_tokens=1500, seed=i, logprobs=20)
+            other.send("add", replace(long(f"r{i}"), params=params))
+        async with asyncio.timeout(10):
+            while theirs.fileno() != -1:  # until the engine hangs up
+                await asyncio.sleep(0.005)
+        assert len((await mine)[0].tokens) == 300
+        await until(channel, lambda load: load.running == load.waiting == 0)
+        other.close()
+
+    run(served, body)
+    served.healthy()
 
 
 @pytest.mark.parametrize(
