@@ -47,14 +47,16 @@ def workspace_floats(batch: int, heads: int, head_dim: int, positions: int, *, s
 def tuning_for(head_dim: int, fp8: bool, generation: tuple[int, int]) -> AttentionTuning:
     """Launch shapes for a GPU by its compute capability, such as stay in registers. None is timed yet."""
     if generation >= (10, 0):
+        few = fp8 and generation < (12, 0)  # which has no tensor memory to hold sums
         return AttentionTuning(
-            split_warps=4 if fp8 else 8, split_stages=2, stream_width=64, stream_stages=1 if fp8 else 2
+            split_warps=4 if few else 8, split_stages=2, stream_width=64, stream_stages=1 if fp8 else 2
         )
     if generation >= (9, 0):
         if head_dim > 128:
             return AttentionTuning(split_width=128, split_warps=8, split_stages=2)
         return AttentionTuning(split_stages=5)
-    return AttentionTuning(split_width=16, stream_width=64)
+    stages = 1 if fp8 and head_dim > 128 else 2
+    return AttentionTuning(split_width=16, stream_width=64, stream_stages=stages)
 
 
 def paged_attention(

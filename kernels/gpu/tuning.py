@@ -19,6 +19,7 @@ from kernels.gpu.launch import INTERPRETED, next_power_of_2
 from kernels.gpu.planar import Format, PlanarWeight
 
 FOLDER = Path(__file__).parent / "tuned"
+_WIDE_TILE = 192 << 10  # bytes of shared memory that 128 x 128 takes at the most, of fp16 weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,35 @@ class Tiling:
     blocks: int = 4
 
 
-def default_tiling(rows: int, gated: bool) -> Tiling:
-    """A tiling that suits `rows` rows of x where none was tuned."""
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What a default depends on. generation: the compute capability; shared: bytes of shared memory that one
+    thread block may ask for."""
+
+    generation: tuple[int, int]
+    shared: int
+
+
+HOPPER = Gpu((9, 0), 227 << 10)
+
+
+def default_tiling(rows: int, formats: tuple[Format, ...], gated: bool, gpu: Gpu) -> Tiling:
+    """A tiling that suits `rows` rows of x where none was tuned: the largest that fits the shared memory and
+    spills no registers, by what cross-compiling shows (docs/gpu/linear.md)."""
+    tokens = min(64, max(16, next_power_of_2(rows)))
+    roomy = gpu.generation >= (9, 0) and gpu.shared >= _WIDE_TILE
+    after_hopper = gpu.generation >= (10, 0)
+    if gated:  # two sums a tile, and the codes of two weights
+        heavy = any(f.low == 8 or (f.high and not after_hopper) for f in formats)
+    else:
+        heavy = len(formats) > 1 and gpu.generation < (8, 6)
+    if heavy or (gated and not roomy):
+        tokens = min(tokens, 32)
     if rows <= 64:
-        return Tiling(64, max(16, next_power_of_2(rows)), 4, 3, 0, 4)
-    return Tiling(64, 64, 4, 3, 0, 2) if gated else Tiling(128, 128, 8, 3, 0, 1)
+        return Tiling(64, tokens, 4, 3, 0, 4)
+    if roomy and len(formats) == 1 and not (after_hopper and formats[0].low == 16):
+        return Tiling(128, 128, 8, 3, 0, 1)
+    return Tiling(64, tokens, 4, 3, 0, 2)
 
 
 def tiling_for(rows: int, weights: tuple[PlanarWeight, ...], gated: bool, device: torch.device) -> Tiling:
@@ -50,7 +75,7 @@ def tiling_for(rows: int, weights: tuple[PlanarWeight, ...], gated: bool, device
         fields = _tuned(file_name(torch.cuda.get_device_name(device))).get(shape_name(rows, weights, gated))
         if fields is not None:
             return Tiling(**fields)
-    return default_tiling(rows, gated)
+    return default_tiling(rows, tuple(weight.format for weight in weights), gated, _gpu(device))
 
 
 def shape_name(rows: int, weights: tuple[PlanarWeight, ...], gated: bool) -> str:
@@ -91,3 +116,11 @@ def _format_name(f: Format) -> str:
 def _tuned(name: str) -> dict:
     path = FOLDER / name
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+@cache
+def _gpu(device: torch.device) -> Gpu:
+    if INTERPRETED:
+        return HOPPER
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu((properties.major, properties.minor), properties.shared_memory_per_block_optin)

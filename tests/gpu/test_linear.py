@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
+from bench.gpu.shapes import FORMATS
 from kernels.gpu import linear as gemm
 from kernels.gpu.chunks import CHUNK, schedule
 from kernels.gpu.linear import gated_linear, linear, linear_pair
 from kernels.gpu.planar import PlanarWeight, dequantize, prepare, prepare_dense
 from kernels.gpu.tree import merges
-from kernels.gpu.tuning import Tiling
+from kernels.gpu.tuning import HOPPER, Gpu, Tiling, default_tiling
 from runtime.weights.planar import Planar
 from tests.gpu.device import DEVICE, ON_GPU
 from tests.gpu.weights import TYPES, random_planar
@@ -212,3 +215,21 @@ def test_scales_beyond_fp16_are_refused() -> None:
     planar.d[3, 0] = 60000.0
     with pytest.raises(ValueError, match="scale of row 3"):
         prepare(planar)
+
+
+SMALL = Gpu((8, 9), 99 << 10)  # L40S, L4
+
+
+def test_defaults_grow_with_the_rows_and_stay_within_small_gpus() -> None:
+    """What they take of shared memory and of registers is for the machine code to say."""
+    for gpu, gated, names in itertools.product(
+        (SMALL, HOPPER), (False, True), (("Q4_K",), ("Q6_K",), ("fp16",), ("Q8_0",), ("Q4_K", "Q6_K"))
+    ):
+        formats = tuple(FORMATS[name] for name in names)
+        found = [default_tiling(rows, formats, gated, gpu) for rows in (1, 16, 17, 64, 65, 4096)]
+        assert [tiling.tokens for tiling in found] == sorted(tiling.tokens for tiling in found)
+        assert found[0].tokens == 16
+        for tiling in found:
+            assert tiling.weights >= 64 and tiling.warps >= 4
+            assert gpu is HOPPER or tiling.weights * tiling.tokens <= 64 * 64
+    assert default_tiling(2048, (FORMATS["Q4_K"],), False, HOPPER).tokens == 128

@@ -1,5 +1,6 @@
-"""The gate that needs no GPU: every kernel compiles for three generations, uses Hopper's matrix instructions
-where it should, keeps its registers, and stays within its budget of instructions a weight."""
+"""The gate that needs no GPU: every kernel compiles for three generations and those that users have beside
+them, uses Hopper's matrix instructions where it should, keeps its registers, fits into shared memory, and
+stays within its budget of instructions a weight."""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ def test_machine_code(module: str) -> None:
     assert found, "no specimens"
     for fact in found:
         assert fact["spills"] == 0, fact
+        assert fact["shared"] <= specimens.SHARED[fact["architecture"]], fact
         if fact["overlaps"] is None:
             assert fact["waits"] == fact["lets_go"] == 0, fact
         else:

@@ -7,6 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# Bytes of shared memory that a thread block may ask for, by compute capability: "Technical Specifications per
+# Compute Capability" in NVIDIA's CUDA C++ Programming Guide.
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
 
 @dataclass(frozen=True, slots=True)
 class Specimen:

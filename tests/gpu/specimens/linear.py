@@ -6,7 +6,8 @@ from kernels.gpu import linear
 from kernels.gpu.chunks import FIELDS
 from kernels.gpu.codes import assembly
 from kernels.gpu.planar import Format
-from tests.gpu.specimens import Specimen
+from kernels.gpu.tuning import Gpu, default_tiling
+from tests.gpu.specimens import SHARED, Specimen
 
 Q4_K = Format(4, 0, 0, 32, 256, 1, True)
 Q5_K = Format(4, 1, 0, 32, 256, 1, True)
@@ -16,6 +17,10 @@ Q2_K = Format(2, 0, 0, 16, 256, 3, True)
 Q8_0 = Format(8, 0, 0, 32, 32, 0, False)
 DENSE = Format(16, 0, 0, 128, 128, 0, False)
 INT4 = Format(4, 0, 0, 128, 128, 0, True)  # GPTQ, AWQ
+_NAMES = {
+    Q4_K: "Q4_K", Q5_K: "Q5_K", Q6_K: "Q6_K", Q3_K: "Q3_K", Q2_K: "Q2_K", Q8_0: "Q8_0", DENSE: "dense",
+    INT4: "int4",
+}  # fmt: skip
 
 # Lane-instructions a weight that leave the memory the limit on one H200: 128 lanes x 132 multiprocessors x
 # 1.98 GHz against 4.3 TB/s, by bits a weight.
@@ -67,32 +72,55 @@ def specimen(
     )
 
 
+def shipped(
+    architecture: int, rows: int, first: Format, second: Format | None = None, *, gated: bool = False
+) -> Specimen:
+    """As a model of hidden size 8192 runs there where nothing was tuned: `default_tiling` itself."""
+    gpu = Gpu((architecture // 10, architecture % 10), SHARED[architecture])
+    formats = (first, second or first) if gated or second else (first,)
+    tiling = default_tiling(rows, formats, gated, gpu)
+    names = " and ".join(_NAMES[f] for f in dict.fromkeys(formats))
+    return specimen(
+        f"{names}{', gate and up' if gated else ''}, {rows} rows, default",
+        first,
+        second,
+        pair=2 if gated else 1 if second else 0,
+        weights=tiling.weights,
+        tokens=tiling.tokens,
+        warps=tiling.warps,
+        stages=tiling.stages,
+        depth=1,
+        architectures=(architecture,),
+    )
+
+
 def specimens() -> list[Specimen]:
-    return [
-        specimen("int4, decode", INT4, weights=128),
-        specimen("Q4_K, decode", Q4_K, weights=128),
-        specimen("Q5_K, decode", Q5_K, weights=128),
-        specimen("Q6_K, decode", Q6_K, weights=128),
-        specimen("Q3_K, decode", Q3_K, weights=128, architectures=(90,)),
-        specimen("Q2_K, decode", Q2_K, weights=128, architectures=(90,)),
-        specimen("dense, decode", DENSE, weights=128, architectures=(90,)),
-        specimen("Q8_0, decode", Q8_0, weights=128, architectures=(90,)),
+    """The defaults, those of formats that take the most registers and the most shared memory; and decode as
+    tuning may find it, in tiles of 128 weights, which the budget is held against."""
+    found = [
+        specimen(f"{_NAMES[f]}, decode", f, weights=128, architectures=(90,))
+        for f in (INT4, Q4_K, Q5_K, Q6_K, Q3_K, Q2_K, DENSE, Q8_0)
+    ]
+    found += [
         specimen("Q4_K and Q6_K side by side, decode", Q4_K, Q6_K, pair=1, weights=128, architectures=(90,)),
-        specimen("Q4_K, gate and up, decode", Q4_K, pair=2, architectures=(80, 90)),
         specimen(
             "Q4_K, gate and up, decode, wide", Q4_K, pair=2, weights=128, warps=8, architectures=(90, 100)
         ),
-        specimen("Q4_K, gate and up, prefill", Q4_K, pair=2, tokens=64, depth=1, architectures=(90, 100)),
-        specimen("Q4_K, prefill", Q4_K, weights=128, tokens=128, warps=8, depth=1, architectures=(90, 100)),
-        specimen("Q4_K, prefill on Ampere", Q4_K, tokens=64, depth=1, architectures=(80,)),
         specimen(
-            "Q6_K, units, prefill",
-            Q6_K,
-            width=3584,
-            weights=128,
-            tokens=128,
-            warps=8,
-            depth=3,
+            "Q6_K, units, prefill", Q6_K, width=3584, weights=128, tokens=128, warps=8, depth=3,
             architectures=(90,),
         ),
-    ]
+        shipped(90, 16, Q4_K, gated=True),
+    ]  # fmt: skip
+    for architecture in (80, 89, 90, 100, 120):
+        found += [
+            shipped(architecture, 2048, Q6_K),
+            shipped(architecture, 2048, Q4_K, Q6_K),
+            shipped(architecture, 2048, Q6_K, gated=True),
+        ]
+    found += [shipped(architecture, 2048, Q4_K) for architecture in (80, 90)]
+    found += [shipped(architecture, 2048, Q4_K, gated=True) for architecture in (80, 90, 120)]
+    found += [shipped(architecture, 2048, DENSE) for architecture in (89, 90, 100)]
+    found += [shipped(80, 2048, Q5_K, gated=True), shipped(90, 2048, DENSE, gated=True)]
+    found += [shipped(100, 2048, Q8_0, gated=True)]
+    return found
