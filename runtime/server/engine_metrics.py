@@ -76,10 +76,10 @@ class EngineCollector(Collector):
 
 
 class LoadReader:
-    """Asks an engine how busy it is, and does not wait long."""
+    """Asks an engine how busy it is, for all who want to know."""
 
     def __init__(self, client: EngineClient, patience: float = PATIENCE):
-        """`patience`: seconds that the engine has to answer."""
+        """`patience`: seconds that the engine has to answer where a scrape waits."""
         self._client = client
         self._patience = patience
         self._asked: asyncio.Task[Load] | None = None
@@ -90,13 +90,13 @@ class LoadReader:
             return Seen(load, self._client.places, self._client.there, self._client.moved)
         return Seen(load, replicas_up=int(load is not None))
 
+    async def ask(self) -> Load:
+        """How busy the engine is, whenever it answers. Raises TramontaneError."""
+        return await asyncio.shield(self._question())
+
     async def _load(self) -> Load | None:
-        """None if the engine is gone or does not answer in time. A question that is still open is not asked
-        again: many scrapes of a stuck engine leave one behind, not many."""
-        if self._asked is None or self._asked.done():
-            self._asked = asyncio.create_task(self._client.load())
-            self._asked.add_done_callback(_take_notice)
-        asked = self._asked
+        """None if the engine is gone or does not answer in time."""
+        asked = self._question()
         # Not `wait_for`, which would cancel what another scrape may be waiting for too.
         await asyncio.wait([asked], timeout=self._patience)
         if not asked.done():
@@ -105,6 +105,14 @@ class LoadReader:
             return asked.result()
         except TramontaneError:
             return None
+
+    def _question(self) -> asyncio.Task[Load]:
+        """A question that is still open is not asked again: many who ask a stuck engine leave one behind, not
+        many."""
+        if self._asked is None or self._asked.done():
+            self._asked = asyncio.create_task(self._client.load())
+            self._asked.add_done_callback(_take_notice)
+        return self._asked
 
 
 def _take_notice(asked: asyncio.Task[Load]) -> None:

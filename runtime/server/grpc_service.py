@@ -14,7 +14,9 @@ from google.protobuf.message import Message
 
 from runtime.errors import InvalidArgument, NotFound, QueueFull, Unavailable
 from runtime.server import convert
+from runtime.server.aside import Aside
 from runtime.server.backlog import Backlog
+from runtime.server.engine_metrics import LoadReader
 from runtime.server.metrics import Metrics, StreamMeter
 from runtime.server.pipeline import Completion, Pipeline
 from runtime.server.reply import Final, Piece
@@ -39,20 +41,31 @@ class Admission(enum.Enum):
 
 
 class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
-    """`admission`, `wait_idle` and `cut_off` are for the server that owns this."""
+    """`admission`, `wait_idle`, `cut_off` and `close` are for the server that owns this."""
 
     def __init__(
-        self, pipeline: Pipeline, metrics: Metrics, *, max_streams: int, max_lag: int, max_scores: int
+        self,
+        pipeline: Pipeline,
+        metrics: Metrics,
+        loads: LoadReader,
+        *,
+        max_streams: int,
+        max_lag: int,
+        max_scores: int,
+        max_aside: int,
     ):
         """`max_streams`: replies that may be open at once. `max_lag`: tokens that a reply's reader may be
         behind before it loses the stream. `max_scores`: tokens and alternatives that may be scored at once,
-        since they all wait here for readers that do not read."""
+        since they all wait here for readers that do not read. `max_aside`: texts that may be encoded or
+        decoded at once, apart from replies."""
         self.admission = Admission.STARTING
         self._open: set[Backlog] = set()  # one a stream
         self._idle = asyncio.Event()
         self._idle.set()
         self._pipeline = pipeline
         self._metrics = metrics
+        self._loads = loads
+        self._aside = Aside(max_aside)
         self._max_streams = max_streams
         self._max_lag = max_lag
         self._max_scores = max_scores
@@ -97,9 +110,9 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         if form is None:
             raise InvalidArgument("input", "send one of text and messages")
         if form == "messages":
-            ids = await asyncio.to_thread(self._pipeline.encode_chat, convert.messages(request.messages))
+            ids = await self._aside.run(self._pipeline.encode_chat, convert.messages(request.messages))
         else:
-            ids = await asyncio.to_thread(
+            ids = await self._aside.run(
                 self._pipeline.encode_text,
                 request.text,
                 add_special=request.add_special if request.HasField("add_special") else True,
@@ -110,7 +123,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
     async def Detokenize(self, request, context):
         self._check_model(request.model)
         skip_special = request.skip_special if request.HasField("skip_special") else True
-        text = await asyncio.to_thread(
+        text = await self._aside.run(
             self._pipeline.decode, tuple(request.token_ids), skip_special=skip_special
         )
         return pb.DetokenizeResponse(text=text)
@@ -123,7 +136,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         return pb.ListModelsResponse(models=[self._model()])
 
     async def GetLoad(self, request, context):
-        return convert.load(await self._pipeline.client.load(), self.open_streams)
+        return convert.load(await self._loads.ask(), self.open_streams)
 
     @property
     def open_streams(self) -> int:
@@ -137,6 +150,10 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         """End all open streams with UNAVAILABLE, after what they have got so far."""
         for backlog in self._open:
             backlog.close(Unavailable("the server shut down before the reply was complete"))
+
+    def close(self) -> None:
+        """No call will come any more."""
+        self._aside.close()
 
     async def _stream(
         self,

@@ -45,6 +45,9 @@ class Limits:
     max_message_bytes: int = 8 << 20  # of a request; a prompt of 10^6 tokens is about 4 MB
     max_streams: int = 1024  # replies open at once; more are refused with QueueFull
     max_lag: int = 1 << 16  # tokens a reply's reader may be behind, alternatives an eighth each: about 8 MB
+    max_aside: int = (
+        64  # texts encoded or decoded at once, apart from replies; more are refused with QueueFull
+    )
     max_scores: int = 1 << 23  # tokens and alternatives scored at once: 800 MB where no reader reads
 
 
@@ -69,12 +72,15 @@ async def serve(
     metrics = Metrics(pipeline.info)
     guards = [Guard(metrics)] if may.tokens is None else [Gate(may.tokens, metrics), Guard(metrics)]
     server = grpc.aio.server(interceptors=guards, options=channel_options(limits))
+    loads = LoadReader(pipeline.client)
     service = InferenceService(
         pipeline,
         metrics,
+        loads,
         max_streams=limits.max_streams,
         max_lag=limits.max_lag,
         max_scores=limits.max_scores,
+        max_aside=limits.max_aside,
     )
     inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
     healths = health.aio.HealthServicer()
@@ -93,7 +99,7 @@ async def serve(
         raise _busy(host, port) from None
     watch = None
     if metrics_port is not None:
-        pages = _pages(metrics, service, LoadReader(pipeline.client))
+        pages = _pages(metrics, service, loads)
         watch = await WatchPort.open(_bind(host, metrics_port, "metrics-port"), pages)
     await server.start()
     running = Server(host, bound, server, service, healths, watch)
@@ -153,6 +159,7 @@ class Server:
 
     async def _end(self) -> None:
         await self._server.stop(_LAST_CALLS)
+        self._service.close()
         if self._watch is not None:
             self._watch.close()
 
