@@ -24,7 +24,11 @@ def test_prefixes_are_shared_within_a_salt_alone(tiny):
         async def ask(salt: str, score: bool = False) -> tuple[tuple[int, ...], int]:
             params = SamplingParams(temperature=0.0, max_tokens=4)
             completion = Completion(str(next(names)), token_ids=PROMPT, params=params, cache_salt=salt)
-            pieces = [p async for p in (pipeline.score if score else pipeline.run)(completion)]
+            if score:
+                coming = pipeline.scores(await pipeline.prepare_score(completion))
+            else:
+                coming = pipeline.run(completion)
+            pieces = [piece async for piece in coming]
             return tuple(t for p in pieces for t in p.token_ids), pieces[-1].final.cached_tokens
 
         first, cached = await ask("a")
