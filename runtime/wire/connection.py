@@ -21,7 +21,9 @@ HELLO_BYTES = 4096  # nor announce a larger first message
 
 def prepare(sock: socket.socket) -> None:
     """Set a connected socket up: what is written goes out at once, and who waits on it gets an error within
-    LOST_SECONDS after the other host has vanished, where the kernel offers that."""
+    LOST_SECONDS after the other host has vanished, where the kernel offers that. It does not while something
+    written is not acknowledged, which it repeats for a quarter of an hour, nor, on Linux, while this host's
+    own cable is out: whoever cannot wait for that long also needs `give_up_on_writes`."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": LOST_SECONDS - 1}.items():
@@ -29,11 +31,12 @@ def prepare(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def give_up_on_writes(sock: socket.socket) -> None:
-    """The same for what was written and nobody has acknowledged. Not for ends that may stop reading for
-    seconds, as ranks do while they compute: those would be taken for lost."""
+def give_up_on_writes(sock: socket.socket, seconds: float = LOST_SECONDS) -> None:
+    """An error within so many seconds for what was written and nobody has acknowledged, and for a host that
+    has vanished at all. Not for ends that may stop reading for as long, as ranks do while they compute: once
+    their buffers are full, those would be taken for lost."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST_SECONDS * 1000)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))
 
 
 class Connection:
@@ -100,9 +103,9 @@ class Connection:
         limit = TIMEVAL.pack(int(whole), int(part * 1e6))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
-    def expect_reader(self) -> None:
-        """Take a peer that acknowledges nothing for LOST_SECONDS for lost: one that reads at any time."""
-        give_up_on_writes(self._sock)
+    def expect_reader(self, seconds: float = LOST_SECONDS) -> None:
+        """Take a peer that acknowledges nothing for so long for lost: one that else reads at any time."""
+        give_up_on_writes(self._sock, seconds)
 
     def close(self) -> None:
         """Hang up; a thread that waits in `receive` gets a WireError."""

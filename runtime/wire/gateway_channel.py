@@ -34,6 +34,9 @@ from runtime.wire.outbox import Outbox
 
 WELCOME_SECONDS = 20.0  # that a gateway which comes before the engine serves is kept waiting
 CONNECT_SECONDS = WELCOME_SECONDS + 10.0
+# That a gateway may read nothing: longer than ranks may be silent, for it may be held up by work of its own,
+# and all its streams would end.
+STALLED_SECONDS = 10.0
 # That may wait for a gateway. The most an engine says is scores with 100 alternatives a token, 2 KB each: of
 # 2,048 tokens a step 40 MB a second, of which a gateway may then miss six; of common streams, many minutes.
 OUTBOX_BYTES = 256 << 20
@@ -42,8 +45,9 @@ _CONNECTIONS = itertools.count()
 
 
 def serve_gateway(connection: Connection, outbox: Outbox, loop: EngineLoop, info: EngineInfo) -> None:
-    """Serve one gateway until it hangs up, or reads so little that its outbox does; then everything it had
-    asked for is aborted. Blocks."""
+    """Serve one gateway until it hangs up, its host vanishes, or it reads so little that its outbox hangs up;
+    then everything it had asked for is aborted. Blocks."""
+    connection.expect_reader(STALLED_SECONDS)
     mine: set[str] = set()
     prefix = f"{next(_CONNECTIONS)}/"  # gateways choose ids by themselves; within the engine they must differ
 

@@ -219,6 +219,16 @@ def test_what_goes_at_once_is_sent_at_once(door):
             time.sleep(0.001)
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel does not offer it")
+def test_what_nobody_reads_is_given_up_where_a_reader_is_expected(door):
+    near, _far = pair(door)
+    near.expect_reader(0.3)
+    started = time.monotonic()
+    with pytest.raises(WireError, match="timed out"):
+        near.write(b"x" * (40 << 20))
+    assert time.monotonic() - started < 8
+
+
 def test_nobody_answers():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

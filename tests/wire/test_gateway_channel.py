@@ -16,8 +16,8 @@ from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.errors import InvalidArgument, QueueFull, Unavailable
 from runtime.local import LocalEngine
 from runtime.types import Branch, Finished, FinishReason, Request, SamplingParams, TokenOutput
-from runtime.wire.connection import LENGTH, Connection, Listener
-from runtime.wire.gateway_channel import OUTBOX_BYTES, EngineChannel, serve_gateway
+from runtime.wire.connection import LENGTH, LOST_SECONDS, Connection, Listener
+from runtime.wire.gateway_channel import OUTBOX_BYTES, STALLED_SECONDS, EngineChannel, serve_gateway
 from runtime.wire.messages import Abort, Hello, encode
 from runtime.wire.outbox import Outbox
 from tests.replies import ask, ask_all, ask_choices, greedy
@@ -279,6 +279,22 @@ def test_a_gateway_that_reads_nothing_is_hung_up_on_at_a_bound(served):
 
     run(served, body)
     served.healthy()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel does not offer it")
+def test_a_vanished_host_is_missed_at_both_ends(served):
+    """Even when something was under way to it: else the kernel tries for a quarter of an hour."""
+
+    def limit(sock: socket.socket) -> float:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
+
+    async def body(channel):
+        assert limit(channel._writer.get_extra_info("socket")) == LOST_SECONDS
+
+    run(served, body)
+    other = served.raw()
+    assert limit(served.connections[-1].detach()) == STALLED_SECONDS
+    other.close()
 
 
 @pytest.mark.parametrize(
