@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from runtime.errors import BadModelFile, InvalidArgument
 from runtime.tokenizer.bounds import Cover
@@ -12,6 +13,8 @@ from runtime.tokenizer.stream import MAX_PADDING, Spelling, StreamDecoder
 from runtime.tokenizer.vocabulary import Kind, Vocabulary
 
 __all__ = ["Tokenizer"]
+
+_STRETCH = 1 << 16  # characters that are searched for names at once: milliseconds
 
 
 class Tokenizer:
@@ -140,17 +143,39 @@ class Tokenizer:
             )
 
 
-def _matcher(ids: dict[str, int]) -> tuple[re.Pattern[str] | None, dict[str, int]]:
+class _Matcher(NamedTuple):
     """Finds any of the names, the longest where several begin at one place."""
+
+    pattern: re.Pattern[str] | None
+    ids: dict[str, int]
+    longest: int  # characters of a name
+
+
+def _matcher(ids: dict[str, int]) -> _Matcher:
     names = sorted(ids, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names))) if names else None, ids
+    pattern = re.compile("|".join(map(re.escape, names))) if names else None
+    return _Matcher(pattern, ids, max(map(len, names), default=0))
 
 
-def _split(matcher: tuple[re.Pattern[str] | None, dict[str, int]], text: str) -> list[str | int]:
-    pattern, ids = matcher
+def _matches(matcher: _Matcher, text: str) -> Iterator[re.Match[str]]:
+    """As `finditer`, a stretch of the text at a time: no other thread has its turn during a search, and one
+    through megabytes of what looks like names takes seconds."""
+    position = 0
+    while matcher.pattern is not None and position < len(text):
+        end = position + _STRETCH
+        match = matcher.pattern.search(text, position, end + matcher.longest)
+        if match is None or match.start() >= end:  # what begins later may be cut off
+            position = end
+        else:
+            yield match
+            position = match.end()
+
+
+def _split(matcher: _Matcher, text: str) -> list[str | int]:
+    ids = matcher.ids
     parts: list[str | int] = []
     position = 0
-    for match in pattern.finditer(text) if pattern else ():
+    for match in _matches(matcher, text):
         if match.start() > position:
             parts.append(text[position : match.start()])
         parts.append(ids[match.group()])

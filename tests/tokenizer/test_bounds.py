@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.tokenizer import load_tokenizer
+from runtime.tokenizer.tokenizer import _STRETCH
 from tests.tokenizer.test_coding import PIECES
 from tests.tokenizer.test_huggingface import byte_level, folder
 from tests.tokenizer.vocabularies import KEY, bpe_metadata, spm_metadata, tiny_bpe, tiny_spm
@@ -99,3 +100,25 @@ def test_where_a_run_of_any_length_can_be_one_token_nothing_is_said(tmp_path):
     unknown = load_tokenizer(spm_metadata(token_type=kinds))
     assert len(unknown.encode("🦙" * 1000)) < 5 and unknown.fewest_tokens("🦙" * 1000) == 0
     assert hugging_face(tmp_path).fewest_tokens("a" * 1000) == 0
+
+
+@given(
+    place=st.integers(-30, 30), names=st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<|im_", "|>"]))
+)
+def test_names_are_found_wherever_they_lie(place, names):
+    """Long texts are searched a stretch at a time."""
+    text = "".join(names)
+    before, after = (
+        "<|" * (_STRETCH // 2) + "x" * place if place > 0 else "-" * (_STRETCH + place),
+        "-" * _STRETCH,
+    )
+    around = tiny_bpe().split(text)
+    parts = tiny_bpe().split(before + text + after)
+    whole = [before, *around, after]
+    expected = []
+    for part in whole:
+        if isinstance(part, str) and expected and isinstance(expected[-1], str):
+            expected[-1] += part
+        else:
+            expected.append(part)
+    assert parts == expected
