@@ -75,6 +75,16 @@ class BlockPool:
             self.block_of[key] = block
             self.key_of[block] = key
 
+    def unname(self, block: int) -> None:
+        """Nobody finds this block any more."""
+        key = self.key_of.pop(block, None)
+        if key is None:
+            return
+        del self.block_of[key]
+        if self.references[block] == 0:
+            del self.cached[block]
+            self.empty.give(block)
+
     def release(self, table: Sequence[int]) -> None:
         """Takes back one reference to each block of a sequence's table, given first to last."""
         for block in reversed(table):

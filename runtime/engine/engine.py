@@ -245,7 +245,7 @@ class Engine:
             if sequence.finished or not new:
                 continue
             if any(entry.logprob != entry.logprob for entry in new):  # NaN
-                outputs.append(self._finish(sequence, FinishReason.FAILED, detail=NO_NUMBER))
+                self._spoiled(sequence, outputs)
                 continue
             sequence.scored += len(new)
             first = sequence.scored - len(new) + 1
@@ -258,6 +258,16 @@ class Engine:
                 self._take(sequence, tokens, outputs)
         return outputs + self.tick(now)
 
+    def _spoiled(self, sequence: Sequence, outputs: list[Output]) -> None:
+        """Its logits hold no number. It may have that from blocks it shares: in a run of a prompt, NaN of
+        later positions reaches earlier ones, with which another text may begin. So it fails only of itself.
+        """
+        self._scheduler.forget(sequence)
+        if sequence.shared and not sequence.fresh:
+            self._scheduler.restart(sequence)
+        else:
+            outputs.append(self._finish(sequence, FinishReason.FAILED, detail=NO_NUMBER))
+
     def _take(self, sequence: Sequence, tokens: list[SampledToken], outputs: list[Output]) -> None:
         """What was sampled for a live sequence, up to its end."""
         name = sequence.request.request_id
@@ -268,7 +278,7 @@ class Engine:
         for sampled in tokens:
             token = sampled.token
             if token < 0:
-                outputs.append(self._finish(sequence, FinishReason.FAILED, detail=NO_NUMBER))
+                self._spoiled(sequence, outputs)
                 return
             index = len(reply)
             reply.append(token)

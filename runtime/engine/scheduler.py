@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections import deque
+from copy import copy
 from itertools import islice
 from operator import attrgetter
 
@@ -130,6 +131,26 @@ class Scheduler:
         self._vacate(victim)
         self.enqueue(victim)
         self.preemptions += 1
+
+    def forget(self, sequence: Sequence) -> None:
+        """Nobody finds the blocks of this sequence any more; those who share them already go on."""
+        for block in sequence.table:
+            self.pool.unname(block)
+
+    def restart(self, sequence: Sequence) -> None:
+        """Has a sequence computed anew from the tokens that are known, by itself. What is in flight for it
+        is void."""
+        gone = copy(sequence)
+        gone.finished = True
+        for _, samplers, _ in self.in_flight:
+            samplers[:] = [gone if each is sequence else each for each in samplers]
+        sequence.total = sequence.known
+        sequence.guessing = False
+        sequence.fresh = True
+        if sequence.slot is not None:
+            del self.running[bisect_left(self.running, sequence.order, key=_by_order)]
+            self._vacate(sequence)
+            self.enqueue(sequence)
 
     # ---- plans ---------------------------------------------------------------------------------
 
@@ -318,6 +339,7 @@ class Scheduler:
         self.pool.share(cached)
         new = self.pool.take(blocks - len(cached), after=cached[-1] if cached else None)
         sequence.table = cached + new
+        sequence.shared = len(cached)
         sequence.capacity = blocks * size
         sequence.computed = len(cached) * size
         sequence.next_named = sequence.computed + size
@@ -333,14 +355,14 @@ class Scheduler:
     def _find_cached(self, sequence: Sequence) -> list[int]:
         """Cached blocks a sequence can start from; at least one token is left to compute."""
         full = (sequence.known - 1) // self.config.block_size
-        if not self.config.prefix_cache or not full or sequence.scores:
+        if not self.config.prefix_cache or not full or sequence.scores or sequence.fresh:
             return []
         sequence.key_of_block(full - 1, self.config.block_size)
         return self.pool.find(sequence.block_keys[:full])
 
     def name_full_blocks(self, sequence: Sequence) -> None:
         """Makes a running sequence's blocks findable whose tokens are all known and computed or planned."""
-        if not self.config.prefix_cache:
+        if not self.config.prefix_cache or sequence.fresh:
             return
         size = self.config.block_size
         end = min(sequence.known, sequence.computed)

@@ -23,6 +23,8 @@ from runtime.types import (
 )
 
 VOCABULARY = 29
+OVERFLOW = VOCABULARY  # a token of prompts alone, whose numbers are none, nor are any that follow from them
+_NAN = b"NaN"
 
 
 def store(before: bytes, position: int, token: int) -> bytes:
@@ -163,12 +165,17 @@ class Executor:
             assert (block, position % size) not in written, "two chunks write one position"
             for plan in self.named:
                 assert plan.get(block, slot) is slot, "a block of a plan in flight was given away"
-            kv.append(store(kv[-1] if kv else b"", position, token))
+            # As on a GPU, a NaN reaches the positions before it that are computed with it.
+            spoiled = OVERFLOW in rows or _NAN in kv
+            kv.append(_NAN if spoiled else store(kv[-1] if kv else b"", position, token))
             self.blocks[block][position % size] = kv[-1]
             written[block, position % size] = chunk.slot
         slot.computed = end
         if not chunk.samples:
             return []
+        if _NAN in kv:
+            slot.tokens.append(0)
+            return [-1]
         found: list[int] = []
         for right in range(len(guesses) + 1):
             token = sample(kv[: end + right], slot.tokens, params.seed, slot.start.choice)

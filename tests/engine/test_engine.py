@@ -10,8 +10,10 @@ import pytest
 
 from runtime.config import EngineConfig
 from runtime.engine import Engine, IntegrityError
+from runtime.engine.scheduler import Scheduler
 from runtime.errors import InvalidArgument, QueueFull
 from runtime.types import Finished, FinishReason, SampledToken, StepResult, TokenScore
+from tests.engine.executor import OVERFLOW
 from tests.engine.harness import Harness, request
 
 CONFIG = EngineConfig(block_size=4, total_blocks=64, max_num_seqs=8, max_step_tokens=64, max_model_len=200)
@@ -123,6 +125,34 @@ def test_a_wrong_guess_that_finds_no_token_keeps_those_before() -> None:
     engine.plan(0.0)
     (end,) = engine.step_finished(StepResult(2, (SampledToken(0, -1),)), 0.0)
     assert (end.reason, end.completion_tokens) == (FinishReason.FAILED, 1)
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2, 4])
+def test_who_shares_what_another_text_spoiled_is_computed_again(monkeypatch, steps_in_flight: int) -> None:
+    config = replace(CONFIG, block_size=4, total_blocks=64)
+    harness = Harness(config, steps_in_flight)
+    common = tuple(range(10))
+    restarts = []
+    plain = Scheduler.restart
+    monkeypatch.setattr(
+        Scheduler, "restart", lambda s, q: (restarts.append(q.request.request_id), plain(s, q))
+    )
+    harness.add(request("bad", (*common, OVERFLOW, 1)))
+    harness.plan()
+    if steps_in_flight == 1:
+        harness.deliver()
+    for i in range(3):
+        harness.add(request(f"good {i}", (*common, 2 + i), seed=i))
+    harness.add(request("bad again", (*common, 5, OVERFLOW)))
+    harness.finish()
+    ends = {name: stream.finished.reason for name, stream in harness.streams.items()}
+    assert ends.pop("bad") is ends.pop("bad again") is FinishReason.FAILED
+    assert set(ends.values()) == {FinishReason.LENGTH}
+    # With one step in flight, what was spoiled is forgotten before anyone could find it.
+    assert set(restarts) == ({"good 0", "good 1", "good 2", "bad again"} if steps_in_flight > 1 else set())
+    harness.add(request("later", (*common, 6)))
+    harness.finish()
+    assert harness.streams["later"].finished.reason is FinishReason.LENGTH
 
 
 def test_scores_that_are_no_numbers_end_the_request() -> None:

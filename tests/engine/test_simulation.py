@@ -10,9 +10,10 @@ from collections import Counter
 import pytest
 
 from runtime.config import EngineConfig
+from runtime.engine.scheduler import Scheduler
 from runtime.errors import InvalidArgument
 from runtime.types import FinishReason, Load
-from tests.engine.executor import VOCABULARY
+from tests.engine.executor import OVERFLOW, VOCABULARY
 from tests.engine.harness import Harness, request
 
 
@@ -26,8 +27,10 @@ def random_prompt(rng: random.Random, length: int) -> tuple[int, ...]:
     return tuple(tokens + [rng.randrange(VOCABULARY) for _ in range(length - shared)])
 
 
-def simulate(seed: int) -> Load:
+def simulate(seed: int, overflows: float = 0.0) -> Load:
+    """`overflows`: how many of the prompts hold a token whose numbers are none."""
     rng = random.Random(seed)
+    odd = random.Random(seed)
     block_size = rng.choice([1, 2, 2, 3, 4])
     blocks = rng.randint(3, 14)
     capacity = block_size * blocks
@@ -49,11 +52,14 @@ def simulate(seed: int) -> Load:
         if event < 0.25:
             length = rng.randint(1, max(1, capacity // rng.choice([1, 2, 3])))
             name = f"r{len(harness.streams)}"
+            prompt = list(random_prompt(rng, length))
+            if odd.random() < overflows:
+                prompt[-1 - odd.randrange(min(length, 3))] = OVERFLOW
             try:
                 harness.add(
                     request(
                         name,
-                        random_prompt(rng, length),
+                        tuple(prompt),
                         max_tokens=rng.randint(1, max(1, capacity + 1 - length)),
                         stop_ids=(rng.randrange(VOCABULARY),) if rng.random() < 0.5 else (),
                         seed=rng.randrange(3),
@@ -80,7 +86,11 @@ def simulate(seed: int) -> Load:
             harness.tick(rng.random() * 3)
     harness.finish()
     ends = Counter(stream.finished.reason for stream in harness.streams.values())
-    assert not calm or set(ends) <= {FinishReason.STOP, FinishReason.LENGTH}
+    assert not calm or set(ends) <= {FinishReason.STOP, FinishReason.LENGTH, FinishReason.FAILED}
+    for stream in harness.streams.values():
+        if stream.finished.reason is FinishReason.FAILED or calm:
+            bad = OVERFLOW in stream.request.prompt
+            assert (stream.finished.reason is FinishReason.FAILED) == bad, stream
     return harness.engine.load()
 
 
@@ -101,6 +111,26 @@ def test_replies_survive_tight_memory(start: int) -> None:
     assert preemptions > 200
     assert hits > 200
     assert 200 < accepted < drafted - 200
+
+
+def test_only_those_fail_that_have_no_numbers_of_their_own(monkeypatch) -> None:
+    """In tight memory, with choices of who goes first. (That neighbours are spoiled is rare here: see
+    test_engine.)"""
+    restarts = []
+    plain = Scheduler.restart
+
+    def restart(scheduler, sequence) -> None:
+        restarts.append(OVERFLOW in sequence.request.prompt)
+        plain(scheduler, sequence)
+
+    monkeypatch.setattr(Scheduler, "restart", restart)
+    for seed in range(5000, 5040):
+        try:
+            simulate(seed, overflows=0.3)
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
+    assert restarts.count(True) > 10
 
 
 @pytest.mark.slow
