@@ -33,9 +33,9 @@ def kv_blocks(
     The whole of a position's KV is spread over the ranks, by units and by layers; the largest share decides.
     A draft model keeps its KV by the same blocks. Without --kv-memory a rank takes a quarter of what is free,
     shared by the ranks of the host, 512 MiB at most, yet room for one full context. A rank on a GPU, which
-    has loaded its weights by then, takes what is left but for GPU_SPARE. `sharers`: ranks that live off one
-    memory; None: all on a host, one on a GPU. `unloaded`: this host's memory is still to take the weights
-    of all ranks.
+    has loaded its weights by then, takes what is left but for GPU_SPARE and `step_room`. `sharers`: ranks
+    that live off one memory; None: all on a host, one on a GPU. `unloaded`: this host's memory is still to
+    take the weights of all ranks.
     """
     context = opened.spec.context_length
     if max_model_len is not None:
@@ -59,6 +59,9 @@ def kv_blocks(
     for_one = -(-context // block)
     sharers = sharers or (1 if opened.device == "cuda" else parallel.tp * parallel.pp)
     free = _free(opened.device)
+    if opened.device == "cuda":
+        each = [one for one in (opened, draft) if one is not None]
+        free = max(0, free - sharers * sum(step_room(one, parallel, context) for one in each))
     weights = _weights(opened) + (_weights(draft) if draft else 0) if unloaded else 0
     if parallel.kv_memory is not None:
         blocks = parallel.kv_memory // block_bytes
@@ -86,6 +89,18 @@ def kv_blocks(
         microbatches=max(engine.microbatches, parallel.pp),
         draft_cost=draft_cost(draft, opened) if engine.draft_cost is None else engine.draft_cost,
     )
+
+
+def step_room(opened: OpenModel, parallel: ParallelConfig, context: int) -> int:
+    """Bytes of a GPU that the steps of a rank with the most units take once, for the largest of them, where a
+    sequence has up to `context` positions."""
+    from runtime.model.gpu.steps import logits_room, workspace_room  # brings Triton along
+
+    spec, units = opened.spec, len(opened.units)
+    floats = workspace_room(spec.heads * -(-units // parallel.tp) // units, spec.head_dim, context)
+    if parallel.tp * parallel.pp == 1:  # which alone captures its steps
+        floats += logits_room(spec.vocab)
+    return 4 * floats
 
 
 def _free(device: str) -> int:

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from runtime.config import ModelConfig
 from runtime.model.communicator import Alone, Communicator, Threads
-from runtime.model.gpu.forward import GpuBatch, GpuForward
 from runtime.model.gpu.runner import GpuRunner
 from runtime.model.gpu.shard import DTYPE, FP8, GpuShard, build_gpu_shard
 from runtime.model.gpu.steps import Steps
@@ -65,21 +64,39 @@ def runner(
 
 
 class Replayed:
-    """What a CUDA graph does, step by step: it computes from the tensors it was captured with."""
+    """What a CUDA graph does, step by step: it computes from the tensors it was captured with. All that was
+    in the memory that graphs and steps share is gone by then."""
 
-    def __init__(self, forward: GpuForward, batch: GpuBatch):
-        self.batch, self.graph, self._forward = batch, self, forward
-        self.logits = forward.logits(batch)
+    def __init__(self, steps: Steps, work: Callable[[], None]):
+        self._steps, self._work = steps, work
+        work()
 
     def replay(self) -> None:
-        self.logits.copy_(self._forward.logits(self.batch))
+        self._steps.forward.workspace.fill_(float("nan"))
+        self._steps._logits.fill_(float("nan"))
+        self._work()
+
+
+class Simulated:
+    """Graphs where there is no GPU. room_for: how many, until memory is short."""
+
+    def __init__(self, steps: Steps, room_for: int = 1000):
+        self._steps, self.room_for = steps, room_for
+        self.recorded: list[Replayed] = []
+
+    def room(self) -> bool:
+        return len(self.recorded) < self.room_for
+
+    def record(self, work: Callable[[], None]) -> Replayed:
+        self.recorded.append(Replayed(self._steps, work))
+        return self.recorded[-1]
 
 
 def simulate_graphs(monkeypatch, steps: Steps) -> None:
     """Where there is no GPU, steps in captured shapes, as if graphs ran them."""
     if not ON_GPU:
         steps.graphs = True
-        monkeypatch.setattr(steps, "capture", lambda batch: Replayed(steps.forward, batch))
+        monkeypatch.setattr(steps, "recorder", Simulated(steps))
 
 
 def replies(

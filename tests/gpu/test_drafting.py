@@ -82,9 +82,10 @@ def test_an_engine_whose_guesses_are_wrong(model, plain, tmp_path, monkeypatch) 
         happened.append("load")
         return build_gpu_shard(spec, units, run, loaded, device=DEVICE, **more)
 
-    def free() -> tuple[int, int]:
+    def free(*device) -> tuple[int, int]:
         happened.append("measure")
-        return capacity.GPU_SPARE + 10 * BLOCK_BYTES, 80 << 30
+        steps = capacity.step_room(opened(model), ParallelConfig(), 64)  # the draft model's are as large
+        return capacity.GPU_SPARE + 2 * steps + 10 * BLOCK_BYTES, 80 << 30
 
     from runtime import capacity, local
 
@@ -105,7 +106,7 @@ def test_an_engine_whose_guesses_are_wrong(model, plain, tmp_path, monkeypatch) 
         load = asyncio.run(made.client.load())
     finally:
         made.close()
-    assert happened == ["load", "load", "measure"]
+    assert happened[:3] == ["load", "load", "measure"]  # then, on a GPU, before each capture
     assert made.config.total_blocks == 10
     replies = [tuple(zip(r.tokens, r.logprobs, r.tops, strict=True)) for r in found]
     assert replies == [reply[:4] for reply in plain.replies]

@@ -65,7 +65,8 @@ def test_an_engine_of_stages(model, plain, monkeypatch) -> None:
         held.append(more["layers"])
         return build_gpu_shard(spec, units, run, loaded, device=DEVICE, **more)
 
-    free = capacity.GPU_SPARE + 2 * 5 * BLOCK_BYTES  # two ranks on one device
+    steps = capacity.step_room(opened(model), ParallelConfig(pp=2), 32)
+    free = capacity.GPU_SPARE + 2 * (steps + 5 * BLOCK_BYTES)  # two ranks on one device
     monkeypatch.setattr("runtime.model.gpu.shard.build_gpu_shard", build)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 << 30))
     monkeypatch.setattr(local, "resolve_device", lambda wanted: "cuda")

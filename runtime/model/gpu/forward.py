@@ -60,6 +60,7 @@ class GpuForward:
         self.shard = shard
         self.cache = cache
         self.scales = scales
+        self.workspace: torch.Tensor | None = None  # of attention, fp32; None: each step takes its own
         self.comm = comm
         spec = shard.spec
         cos, sin = rope_table(spec, shard.rope_factors, max_positions)
@@ -89,10 +90,12 @@ class GpuForward:
         h, q = new(m, spec.hidden), new(m, self.heads, spec.head_dim)
         attended, inner = new(m, self.heads, spec.head_dim), new(m, self.ffn)
         capacity = batch.block_table.shape[1] * self.cache.shape[4]
-        scratch = workspace_floats(
-            batch.block_table.shape[0], self.heads, spec.head_dim, capacity, split_rows=batch.split_rows
-        )
-        workspace = new(scratch, dtype=torch.float32)
+        workspace = self.workspace
+        if workspace is None:
+            scratch = workspace_floats(
+                batch.block_table.shape[0], self.heads, spec.head_dim, capacity, split_rows=batch.split_rows
+            )
+            workspace = new(scratch, dtype=torch.float32)
         partials = None
         each_scales = [None] * len(shard.layers) if self.scales is None else self.scales
         for layer, cache, scales in zip(shard.layers, self.cache, each_scales, strict=True):
