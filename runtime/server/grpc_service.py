@@ -12,7 +12,7 @@ from contextlib import aclosing
 import grpc
 from google.protobuf.message import Message
 
-from runtime.errors import InvalidArgument, NotFound, QueueFull, Unavailable
+from runtime.errors import InvalidArgument, ModelFailed, NotFound, QueueFull, Unavailable
 from runtime.server import convert
 from runtime.server.aside import Aside
 from runtime.server.backlog import Backlog
@@ -234,5 +234,7 @@ def _raise_unless_complete(final: Final) -> None:
             raise Cancelled("the request was cancelled on the server")
         case FinishReason.DEADLINE:
             raise DeadlineExceeded("the request's deadline passed")
+        case FinishReason.FAILED:
+            raise ModelFailed(final.detail)
         case FinishReason.ERROR:
             raise Unavailable(final.detail or "the engine failed; the same seed gives the same reply again")
