@@ -125,7 +125,7 @@ class GpuForward:
         chosen = residual.index_select(0, batch.sampled)
         out = self._new(*chosen.shape)
         add_norm(chosen, None, shard.output_norm, spec.norm_eps, out)
-        share = linear(out, shard.head)[0]
+        share = folded(linear(out, shard.head))
         if self.comm.size == 1:
             return share
         sizes = [out.shape[0] * width * 4 for width in self.vocab_widths]
@@ -164,12 +164,14 @@ class GpuForward:
 
 
 def side_by_side(x: torch.Tensor, weights: tuple[PlanarWeight, ...]) -> torch.Tensor:
-    """Products of x with weights of up to three formats: fp32 [1, M, all rows]."""
+    """Products of x with weights of up to three formats: fp32 partial sums [S, M, all rows]."""
     if len(weights) == 1:
         return linear(x, weights[0])
     if len(weights) == 2:
         return linear_pair(x, *weights)
-    return torch.cat((linear_pair(x, *weights[:2]), *(linear(x, w) for w in weights[2:])), dim=2)
+    # Each may come in splits of its own number, so they are folded before they are joined.
+    parts = (linear_pair(x, *weights[:2]), *(linear(x, w) for w in weights[2:]))
+    return torch.cat([folded(part) for part in parts], dim=1)[None]
 
 
 def folded(partials: torch.Tensor) -> torch.Tensor:
