@@ -1,7 +1,7 @@
 """Times the planar GEMM at the flagship's four shapes, or tunes it: needs a CUDA device.
 
     python bench/gpu/linear.py > linear.json            decode and prefill, every format, peers beside it
-    python bench/gpu/linear.py --tune                   finds tilings and writes kernels/gpu/tuned/GPU.json
+    python bench/gpu/linear.py --tune Q4_K_M            finds tilings, into kernels/gpu/tuned/GPU.json
 
 Medians over graph replays that go through enough copies of the weights to miss the cache; shares are of the
 run's own copy bandwidth (decode) and of its own bf16 product (prefill). "Free order" is the same kernel
@@ -28,11 +28,11 @@ from bench.gpu import peers, shapes
 from bench.gpu.peers import Peer
 from bench.gpu.shapes import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, UNITS, random_weight
 from bench.gpu.timing import captured, copy_bandwidth, matmul_rate, median_ms, report, require_gpu, show
+from bench.gpu.tune import COLD, MIXES, ROWS, Dims, Found, products, tune
 from kernels.gpu import chunks
 from kernels.gpu.linear import gated_linear, linear
-from kernels.gpu.tuning import Tiling, save, shape_name, tiling_for
+from kernels.gpu.tuning import Tiling, save, saved, tiling_for
 
-COLD = 512 << 20  # bytes of weights in one graph: several times any cache of today
 DECODE, PREFILL = (1, 8, 16, 32, 64), (256, 2048)
 
 
@@ -133,45 +133,31 @@ def bf16(n: int, k: int, tokens: int, repeats: int) -> float:
     return median_ms(captured([lambda w=w: torch.mm(x, w.t()) for w in dense]), repeats) / copies
 
 
-def candidates(shape: Shape, tokens: int) -> Iterator[Tiling]:
-    splits = (0,) if shape.gated else (0, 1, 2, 3)
-    if tokens <= 64:
-        width = max(16, tokens)
-        for weights, stages, split in itertools.product((64, 128), (2, 3, 4, 5), splits):
-            yield Tiling(weights, width, 4, stages, split)
-        for stages in (3, 4):
-            yield Tiling(128, width, 8, stages, 0)
-    else:
-        tiles = ((64, 64, 4), (128, 64, 8), (128, 128, 8), (64, 128, 4), (128, 256, 8))
-        for (weights, width, warps), stages, blocks in itertools.product(tiles, (2, 3, 4), (1, 2)):
-            yield Tiling(weights, width, warps, stages, 0, blocks)
-
-
-def tune(kinds: list[str], repeats: int) -> dict[str, Tiling]:
-    """The quickest tiling of each shape. One that does not fit the multiprocessor is passed over; every one
-    must give the default's bits."""
-    found: dict[str, Tiling] = {}
-    for shape, kind, tokens in itertools.product(SHAPES, kinds, DECODE[2:] + PREFILL):
-        best: tuple[float, Tiling] | None = None
-        for tiling in candidates(shape, tokens):
-            try:
-                ms, _, weights = timed(shape, kind, tokens, tiling, max(5, repeats // 4))
-            except Exception as error:  # out of shared memory or registers: not a candidate
-                print(f"{shape.name} {kind} {tokens} {tiling}: {str(error).splitlines()[0]}", file=sys.stderr)
-                continue
-            name = shape_name(tokens, weights, shape.gated)
-            del weights
-            if best is None or ms < best[0]:
-                best = ms, tiling
-        if best is not None:
-            found[name] = best[1]
-            print(f"{name}: {best[0] * 1e3:.1f} us {best[1]}", file=sys.stderr, flush=True)
-    return found
+def tuned(mixes: list[str], rows: list[int], repeats: int, minutes: float) -> int:
+    """Saves what is found after each product, so that what is cut off goes on where it was. Returns the exit
+    status: 1 if a tiling gave other bits than the default."""
+    gpu = torch.cuda.get_device_name()
+    wanted = [one for mix in mixes for one in products(MIXES[mix], Dims())]
+    found = Found()
+    for found in tune(wanted, rows, repeats, seconds=60 * minutes, known=saved(gpu)):
+        print(save(gpu, found.tilings), f"{len(found.tilings)} found", file=sys.stderr, flush=True)
+    if found.left:
+        print(f"{found.left} are left for want of time: run this again", file=sys.stderr)
+    for line in found.refused:
+        print(f"error: gives other bits than the default: {line}", file=sys.stderr)
+    return 1 if found.refused else 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tune", action="store_true", help="find tilings; write them to kernels/gpu/tuned")
+    parser.add_argument(
+        "--tune", nargs="+", choices=list(MIXES), metavar="MIX",
+        help=f"find tilings of a 70B's products, of the types of these files: {', '.join(MIXES)}",
+    )  # fmt: skip
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="to tune for")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="begin no other product to tune after these"
+    )
     parser.add_argument(
         "--formats", nargs="*", default=["Q4_K", "int4 g128", "Q6_K"], choices=list(shapes.FORMATS)
     )
@@ -180,8 +166,7 @@ def main() -> None:
     require_gpu("bench/gpu/linear.py")
     torch.manual_seed(0)
     if args.tune:
-        print(save(torch.cuda.get_device_name(), tune(args.formats, args.repeats)))
-        return
+        raise SystemExit(tuned(args.tune, args.rows, max(5, args.repeats // 4), args.minutes))
     ceilings, *rows = measure(args.formats, args.repeats)
     found = report(rows, **ceilings)
     found["versions"] = peers.versions(rows, peers.DISTRIBUTIONS) | found["versions"]

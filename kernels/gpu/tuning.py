@@ -1,4 +1,4 @@
-"""What was found fast, one JSON file a GPU; made by `python bench/gpu/linear.py --tune` and `step.py --tune`.
+"""What was found fast, one JSON file a GPU; made by `bench/gpu/linear.py --tune MIX` and `step.py --tune`.
 
 A file maps "shape" to the fields of a `Tiling`, where the shape names the formats, rows, width, units, how
 two weights are combined, and the rows of x up to the next power of two; "overlap" says whether captured
@@ -98,10 +98,16 @@ def overlap_pays(device: torch.device) -> bool:
     return bool(_tuned(file_name(torch.cuda.get_device_name(device))).get("overlap", False))
 
 
+def saved(gpu: str) -> dict:
+    """What the GPU's file holds now."""
+    path = FOLDER / file_name(gpu)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def save(gpu: str, found: dict[str, Tiling | bool]) -> Path:
     """Merge `found` into the GPU's file; returns its path."""
     path = FOLDER / file_name(gpu)
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = saved(gpu)
     known |= {name: one if isinstance(one, bool) else asdict(one) for name, one in found.items()}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
