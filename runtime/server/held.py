@@ -14,9 +14,8 @@ from itertools import chain
 from runtime.server.reply import Piece, TokenLogprobs
 from runtime.types import TokenLogprob
 
-TOKEN = (
-    8  # units of memory, of about 16 bytes, that a token with its text and logprob takes; an alternative 1
-)
+# What a token with its text and logprob takes, in units of memory of about 16 bytes; an alternative takes 1.
+TOKEN = 8
 
 
 class Held:
