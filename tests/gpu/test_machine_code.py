@@ -11,13 +11,19 @@ import subprocess
 import sys
 
 import pytest
+import triton
 
 from tests.gpu import specimens
 from tests.support import REPOSITORY
 
+GATED = "3.9"  # the Triton whose code the budgets are for, of constraints.txt; docs/gpu has 3.6's figures
 MODULES = sorted(m.name for m in pkgutil.iter_modules(specimens.__path__))
 
 
+@pytest.mark.skipif(
+    triton.__version__.rpartition(".")[0] != GATED,
+    reason=f"registers and instructions are counted for Triton {GATED}, this is {triton.__version__}",
+)
 @pytest.mark.parametrize("module", MODULES)
 def test_machine_code(module: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
