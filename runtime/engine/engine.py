@@ -7,6 +7,8 @@ either travels, nor of text: stop strings are the gateway's, which ends a reques
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from runtime.config import EngineConfig
 from runtime.engine.check import IntegrityError, check_scheduler, fail_unless
 from runtime.engine.queue import SequenceQueue
@@ -244,32 +246,39 @@ class Engine:
             new = scores[sequence.scored - chunk.start :]
             if sequence.finished or not new:
                 continue
-            if any(entry.logprob != entry.logprob for entry in new):  # NaN
-                self._spoiled(sequence, outputs)
-                continue
-            sequence.scored += len(new)
-            first = sequence.scored - len(new) + 1
-            outputs.append(ScoreOutput(sequence.request.request_id, first, new))
-            if sequence.scored == sequence.limit:
+            sound = tuple(takewhile(lambda entry: entry.logprob == entry.logprob, new))  # not NaN
+            if sound:
+                first = sequence.scored + 1
+                sequence.scored += len(sound)
+                outputs.append(ScoreOutput(sequence.request.request_id, first, sound))
+            if len(sound) < len(new):
+                self._spoiled(sequence, False, outputs)
+            elif sequence.scored == sequence.limit:
                 outputs.append(self._finish(sequence, FinishReason.LENGTH))
         for sequence, chunk, tokens in zip(samplers, sampling, answers, strict=True):
             if not sequence.finished:  # else it ended while its tokens were in flight
                 scheduler.settle(sequence, chunk, len(tokens))
-                self._take(sequence, tokens, outputs)
+                self._take(sequence, bool(chunk.drafts or chunk.guesses), tokens, outputs)
         return outputs + self.tick(now)
 
-    def _spoiled(self, sequence: Sequence, outputs: list[Output]) -> None:
-        """Its logits hold no number. It may have that from blocks it shares: in a run of a prompt, NaN of
-        later positions reaches earlier ones, with which another text may begin. So it fails only of itself.
-        """
+    def _spoiled(self, sequence: Sequence, guessed: bool, outputs: list[Output]) -> None:
+        """Its logits hold no number. In a step, NaN of later positions reaches earlier ones: so it may have
+        that from blocks it shares, whose text went on otherwise, or from a guess. It fails only of itself,
+        and with it other replies to the same prompt that have not begun."""
         self._scheduler.forget(sequence)
-        if sequence.shared and not sequence.fresh:
+        if (sequence.shared or guessed) and not sequence.fresh:
             self._scheduler.restart(sequence)
-        else:
-            outputs.append(self._finish(sequence, FinishReason.FAILED, detail=NO_NUMBER))
+            return
+        alike = [sequence]
+        if not sequence.reply:
+            alike = [each for each in self._live[sequence.request.request_id] if not each.reply]
+        # Those that are held back go before their leader.
+        outputs += [self._finish(each, FinishReason.FAILED, detail=NO_NUMBER) for each in reversed(alike)]
 
-    def _take(self, sequence: Sequence, tokens: list[SampledToken], outputs: list[Output]) -> None:
-        """What was sampled for a live sequence, up to its end."""
+    def _take(
+        self, sequence: Sequence, guessed: bool, tokens: list[SampledToken], outputs: list[Output]
+    ) -> None:
+        """What was sampled for a live sequence, up to its end. `guessed`: with guesses at what follows."""
         name = sequence.request.request_id
         guesser = sequence.guesser
         if guesser is None and self.config.draft_tokens:
@@ -278,7 +287,7 @@ class Engine:
         for sampled in tokens:
             token = sampled.token
             if token < 0:
-                self._spoiled(sequence, outputs)
+                self._spoiled(sequence, guessed, outputs)
                 return
             index = len(reply)
             reply.append(token)

@@ -134,8 +134,9 @@ class Scheduler:
 
     def forget(self, sequence: Sequence) -> None:
         """Nobody finds the blocks of this sequence any more; those who share them already go on."""
-        for block in sequence.table:
-            self.pool.unname(block)
+        for key in sequence.block_keys:  # its blocks may be released by now
+            if (block := self.pool.block_of.get(key)) is not None:
+                self.pool.unname(block)
 
     def restart(self, sequence: Sequence) -> None:
         """Has a sequence computed anew from the tokens that are known, by itself. What is in flight for it
@@ -210,7 +211,7 @@ class Scheduler:
                     continue
                 new_blocks = self._grow(sequence, 1)
             drafts, guesses = (), 0
-            if wanted := steady or counts.get(sequence.slot, 0):
+            if not sequence.fresh and (wanted := steady or counts.get(sequence.slot, 0)):
                 drafts, guesses, more = self._guess(sequence, min(wanted, spare))
                 new_blocks += more
                 spare -= len(drafts) + guesses

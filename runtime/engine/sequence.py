@@ -67,7 +67,7 @@ class Sequence:
         self.table: list[int] = []  # block ids, in position order
         self.capacity = 0  # positions the table has room for
         self.shared = 0  # blocks that were found cached at its last start
-        self.fresh = False  # computes all by itself, and lets nobody find it
+        self.fresh = False  # computes all by itself, guesses nothing, and lets nobody find it
         self.last_step = 0  # the last plan that names this sequence's blocks
         self.root = b""  # made when first needed
         self.block_keys: list[bytes] = []  # of full blocks of known tokens, as far as they were needed

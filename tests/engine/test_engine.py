@@ -12,7 +12,7 @@ from runtime.config import EngineConfig
 from runtime.engine import Engine, IntegrityError
 from runtime.engine.scheduler import Scheduler
 from runtime.errors import InvalidArgument, QueueFull
-from runtime.types import Finished, FinishReason, SampledToken, StepResult, TokenScore
+from runtime.types import Branch, Finished, FinishReason, SampledToken, StepResult, TokenScore
 from tests.engine.executor import OVERFLOW
 from tests.engine.harness import Harness, request
 
@@ -127,6 +127,34 @@ def test_a_wrong_guess_that_finds_no_token_keeps_those_before() -> None:
     assert (end.reason, end.completion_tokens) == (FinishReason.FAILED, 1)
 
 
+def test_a_guess_that_overflows_is_not_held_against_the_reply() -> None:
+    """What a guess makes of the rows beside it is not the reply's own: it is computed again without."""
+    engine = Engine(replace(CONFIG, draft_tokens=4, draft_cost=0.0))
+    engine.add(request("r", (1, 2), max_tokens=50), 0.0)
+    seen: list = []
+    for step in range(40):
+        while plan := engine.plan(0.0):
+            seen.append(plan)
+        plan = seen[step]
+        answers = []
+        for chunk in plan.chunks:
+            if chunk.samples:
+                answers.append(SampledToken(chunk.slot, -1 if chunk.drafts or chunk.guesses else 5))
+        outputs = engine.step_finished(StepResult(plan.step, tuple(answers)), 0.0)
+        assert not any(isinstance(output, Finished) for output in outputs)
+        engine.check()
+    assert any(chunk.drafts or chunk.guesses for plan in seen for chunk in plan.chunks)
+
+
+def test_choices_that_have_not_begun_fail_with_the_first() -> None:
+    engine = Engine(CONFIG)
+    engine.add(request("r", (1, 2), branches=tuple(Branch(choice) for choice in range(3))), 0.0)
+    engine.plan(0.0)
+    ends = engine.step_finished(StepResult(1, (SampledToken(0, -1),)), 0.0)
+    assert [(end.reason, end.last) for end in ends] == [(FinishReason.FAILED, i == 2) for i in range(3)]
+    engine.check()
+
+
 @pytest.mark.parametrize("steps_in_flight", [1, 2, 4])
 def test_who_shares_what_another_text_spoiled_is_computed_again(monkeypatch, steps_in_flight: int) -> None:
     config = replace(CONFIG, block_size=4, total_blocks=64)
@@ -160,7 +188,8 @@ def test_scores_that_are_no_numbers_end_the_request() -> None:
     engine.add(request("r", (1, 2, 3), scores=True), 0.0)
     engine.plan(0.0)
     scores = ((TokenScore(-1.0), TokenScore(float("nan"))),)
-    (end,) = engine.step_finished(StepResult(1, (), scores), 0.0)
+    sound, end = engine.step_finished(StepResult(1, (), scores), 0.0)
+    assert (sound.first, sound.scores) == (1, (TokenScore(-1.0),))
     assert (end.request_id, end.reason) == ("r", FinishReason.FAILED)
     engine.check()
 

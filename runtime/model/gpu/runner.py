@@ -138,14 +138,16 @@ class GpuRunner:
             # goes on from NO_TOKEN is nobody's.
             known = chunk.start + chunk.length
             sequence.tokens[known : known + 1] = [max(token, 0) for token in tokens]
-            if row not in launched.logits or NO_TOKEN in tokens:
+            if row not in launched.logits:
                 found += [SampledToken(chunk.slot, token) for token in tokens]
                 continue
-            scores = score(launched.logits[row][: len(tokens)], tokens, sequence.logprobs)
+            sound = [token for token in tokens if token != NO_TOKEN]
+            scores = score(launched.logits[row][: len(sound)], sound, sequence.logprobs)
             found += [
                 SampledToken(chunk.slot, token, scored.logprob, scored.top)
-                for token, scored in zip(tokens, scores, strict=True)
+                for token, scored in zip(sound, scores, strict=True)
             ]
+            found += [SampledToken(chunk.slot, NO_TOKEN)] * (len(tokens) - len(sound))
         return StepResult(launched.step, tuple(found), launched.scores)
 
     def _apply(self, plan: StepPlan) -> None:

@@ -111,12 +111,15 @@ def build_gpu_shard(
         return (value.dequantize() if isinstance(value, Planar) else value.float()).reshape(-1).contiguous()
 
     def build() -> GpuShard:
+        nonlocal taken
         embedding = output_norm = head = None
         if embeds or (ends and spec.tied_head):
             embedding = take("token_embd.weight").contiguous()
         if ends:
             output_norm = vector("output_norm.weight")
-            head = _prepared([embedding if spec.tied_head else take("output.weight")])
+            table = embedding if spec.tied_head else take("output.weight")
+            taken = "token_embd.weight" if spec.tied_head else taken
+            head = _prepared([table])
         factors = vector("rope_freqs.weight").cpu() if spec.rope_factors else None
         return GpuShard(
             spec,
