@@ -11,6 +11,7 @@ from runtime.model.draft import draft_cost
 from runtime.model.gpu.limits import check_block_size
 from runtime.model.header import OpenModel
 from runtime.model.stages import stage_layers
+from runtime.weights.formats import TensorType
 
 DEFAULT_SHARE = 0.25  # of the memory that is free, for all ranks of a host together
 GPU_SPARE = 2 << 30  # bytes of a GPU left to activations, graphs and the libraries
@@ -119,4 +120,7 @@ def _weights(opened: OpenModel) -> int:
     tensors = opened.checkpoint.tensors.values()
     if opened.quantize:
         return sum(info.rows * info.cols for info in tensors) * 5 // 8  # 4 bits, and their share of scales
-    return sum(info.nbytes for info in tensors)
+    halves = opened.dtype == "bf16"  # in which fp32 is kept too
+    return sum(
+        info.nbytes // 2 if halves and info.type is TensorType.F32 else info.nbytes for info in tensors
+    )

@@ -2,7 +2,7 @@
 
 A container's limit is a control group's, of version 2 (`memory.max`) or 1 (`memory.limit_in_bytes`), and so
 is every limit of the groups around it; Linux kernel documentation, admin-guide/cgroup-v2 and
-cgroup-v1/memory. Pages of files that nobody has used lately count as free, as the kernel drops them first.
+cgroup-v1/memory. Pages of files count as free: the kernel drops them before it refuses memory.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import psutil
 
 ROOT = Path("/sys/fs/cgroup")
 GROUPS = Path("/proc/self/cgroup")
-_V2 = ("memory.max", "memory.current", "inactive_file")
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 
 
 def available(root: Path = ROOT, groups: Path = GROUPS) -> int:
@@ -48,12 +48,13 @@ def _left(root: Path, groups: Path) -> Iterator[int]:
             folder = folder.parent
 
 
-def _left_of(folder: Path, limit: str, used: str, reclaimable: str) -> int | None:
+def _left_of(folder: Path, limit: str, used: str, reclaimable: tuple[str, ...]) -> int | None:
     try:
         most = (folder / limit).read_text().strip()
         if most == "max":
             return None
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int(most) - int((folder / used).read_text()) + int(stat.get(reclaimable, 0))
+        files = sum(int(stat.get(name, 0)) for name in reclaimable)
+        return int(most) - int((folder / used).read_text()) + files
     except (OSError, ValueError):  # no such group, or files that are not what they should be
         return None

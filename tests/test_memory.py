@@ -31,8 +31,10 @@ def group(folder: Path, limit: str, used: int = 0, cache: int = 0, version: int 
     )
     (folder / names[0]).write_text(f"{limit}\n")
     (folder / names[1]).write_text(f"{used}\n")
-    field = "inactive_file" if version == 2 else "total_inactive_file"
-    (folder / "memory.stat").write_text(f"anon {used - cache}\n{field} {cache}\n")
+    total = "" if version == 2 else "total_"
+    lately = cache // 3
+    lines = [f"anon {used - cache}", f"{total}active_file {lately}", f"{total}inactive_file {cache - lately}"]
+    (folder / "memory.stat").write_text("\n".join(lines) + "\n")
 
 
 def found(tmp_path: Path, lines: str) -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import psutil
 import ray
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -48,6 +49,7 @@ class Cluster:
         `leaves_ray` nothing but Ray itself, which others of this process use too. `waiting` hears of what
         Ray lacks (None: as of any other progress)."""
         say = progress or (lambda text: None)
+        self.reports: list[RankReport] = []
         self.lost = False  # for whoever has heard that it is: nobody is asked to end in order any more
         if ray_address is None:
             config = _on(config, resolve_device(config.parallel.device))
@@ -127,11 +129,13 @@ class Cluster:
                     ray.get(self._engine.stop.remote(), timeout=2)
                     if self._runs:  # ranks that leave by themselves take their files along
                         ray.wait(self._runs, num_returns=len(self._runs), timeout=2)
+            here = ray.util.get_node_ip_address()
             for actor in [*self._ranks, self._engine]:
                 if actor is not None:
                     ray.kill(actor, no_restart=True)
             if self._group is not None:
                 remove_placement_group(self._group)
+            _wait_for_end([report.pid for report in self.reports if report.node == here])
         self._ranks, self._runs, self._engine, self._group = [], [], None, None
         if self._started_ray:
             ray.shutdown()
@@ -237,3 +241,10 @@ def _agreed(infos: Sequence[EngineInfo], nodes: Sequence[str]) -> EngineInfo:
                 "use hosts and GPUs of one kind, with the same versions and the same model file"
             )
     return infos[0]
+
+
+def _wait_for_end(pids: Sequence[int]) -> None:
+    """Until ranks of this host have given their memory back, which whoever comes next may need: a second for
+    tens of gigabytes."""
+    with contextlib.suppress(psutil.Error):
+        psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=5)
