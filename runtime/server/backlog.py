@@ -18,6 +18,7 @@ _MERGED_AT_ONCE = 512  # what waits is kept in pieces of this weight: a piece a 
 # Seconds that a reader has, since it had everything last, to make room before it counts as too slow: what
 # came all at once, after the event loop was held up, says nothing of the reader.
 _GRACE = 0.5
+_STALLED = 30.0  # seconds in which a reader that is waited for takes one piece: what it keeps, others lack
 
 
 class Backlog:
@@ -57,10 +58,14 @@ class Backlog:
         self._changed.set()
 
     async def emptied(self) -> None:
-        """Return when nothing waits here, or no more is taken."""
-        while self._pieces and not self._closed:
-            self._taken.clear()
-            await self._taken.wait()
+        """Return when nothing waits here, or no more is taken. Raises SlowReader if that takes too long."""
+        try:
+            async with asyncio.timeout(_STALLED):
+                while self._pieces and not self._closed:
+                    self._taken.clear()
+                    await self._taken.wait()
+        except TimeoutError:
+            raise SlowReader(f"the reader has not taken what came {_STALLED:g} s ago") from None
 
     async def room(self, piece: Piece) -> None:
         """Return when there is room for a piece, or the reader has had its time to make some."""

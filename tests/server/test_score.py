@@ -8,6 +8,7 @@ import pytest
 
 import tramontane
 from runtime.errors import QueueFull
+from runtime.server import backlog
 from runtime.server.lifecycle import Limits
 from runtime.types import Finished, FinishReason, ScoreOutput, TokenLogprob, TokenScore
 from tests.server.harness import bad_field, details, refusal, serving
@@ -133,6 +134,24 @@ def test_scores_wait_for_their_reader():
             assert engine.sent < 50_000 and engine.running == 1
             call.cancel()
             await until(lambda: engine.running == 0)
+
+    asyncio.run(go())
+
+
+def test_a_reader_that_stops_gives_its_share_back(monkeypatch):
+    """What it keeps waiting counts against everyone's scores."""
+    monkeypatch.setattr(backlog, "_STALLED", 0.2)
+
+    async def go():
+        engine = InChunks()
+        limits = Limits(max_scores=30)
+        async with serving(engine, context_length=200_000, limits=limits) as running:
+            call = running.stub.Score(score_pb2.ScoreRequest(top=50, token_ids=ids(*[5] * 100_000)))
+            await call.read()
+            await until(lambda: engine.running == 0)
+            short = running.stub.Score(score_pb2.ScoreRequest(token_ids=ids(5, 5)))
+            assert [message async for message in short][-1].HasField("finish")
+            call.cancel()
 
     asyncio.run(go())
 
