@@ -57,7 +57,8 @@ KvMemory = Annotated[
         parser=_size,
         metavar="SIZE",
         help="Memory a rank keeps for KV, as 512MiB or 2GiB. By default on a CPU a quarter of what is free, "
-        "shared by all ranks, at most 512MiB but room for one context; on a GPU what is left but 2GiB.",
+        "shared by all ranks, at most 512MiB but room for one context; on a GPU all but 2GiB and what a step "
+        "works in.",
     ),
 ]
 Dtype = Annotated[

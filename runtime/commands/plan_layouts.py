@@ -172,7 +172,8 @@ class Layouts:
             counted = self._counted[tp, pp] = _count(self._opened, self._draft, tp, pp)
         replicas = machines.nodes * (machines.gpus // tp) // pp
         here = -(-users // replicas)
-        # As runtime.capacity counts: blocks of the largest share, as many as the fullest rank has room for.
+        # As runtime.capacity counts, but for the workspace and logits of a step, up to some 1 GiB, which are
+        # known with Triton alone: blocks of the largest share, as many as the fullest rank has room for.
         room = int(gpu.memory.value) - CONTEXT_BYTES - GPU_SPARE - max(counted.gpu_bytes)
         blocks = room // (counted.kv_bytes * BLOCK_SIZE)
         shape = Shape(spec.hidden, spec.head_dim, spec.vocab)

@@ -45,9 +45,7 @@ class Limits:
     max_message_bytes: int = 8 << 20  # of a request; a prompt of 10^6 tokens is about 4 MB
     max_streams: int = 1024  # replies open at once; more are refused with QueueFull
     max_lag: int = 1 << 16  # tokens a reply's reader may be behind, alternatives an eighth each: about 8 MB
-    max_aside: int = (
-        64  # texts encoded or decoded at once, apart from replies; more are refused with QueueFull
-    )
+    max_aside: int = 64  # texts encoded or decoded at once, apart from replies
     max_scores: int = 1 << 23  # tokens and alternatives scored at once: 800 MB where no reader reads
 
 
