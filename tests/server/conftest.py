@@ -5,9 +5,16 @@ import functools
 
 import pytest
 
+from runtime.server import watch_port
 from tests.server.harness import serving
 from tests.server.twin import Twin
 from tramontane import Client
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch):
+    """A page that is asked for is answered, however long this machine stands still meanwhile."""
+    monkeypatch.setattr(watch_port, "PATIENCE", 120.0)
 
 
 @pytest.fixture(params=["blocking", "asyncio"])

@@ -1,7 +1,10 @@
 """A real gRPC server on a free port of this machine, over an engine with a script."""
 
 import contextlib
+import random
+import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -52,6 +55,19 @@ async def serving(
             yield Running(server, engine, channel, inference_service_pb2_grpc.InferenceServiceStub(channel))
     finally:
         await server.stop()
+
+
+def quiet_port() -> int:
+    """A free port that nobody gets by chance, to be bound later or twice. One of the ephemeral range may be
+    another's by then: whoever asks for any port, and whoever connects, is given one of those."""
+    file = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first, last = map(int, (file.read_text() if file.exists() else "32768 65535").split())
+    ports = [port for port in range(20_000, 65_536) if not first <= port <= last]
+    for port in [*random.SystemRandom().sample(ports, len(ports)), 0]:
+        with contextlib.suppress(OSError), socket.socket() as bound:
+            bound.bind(("127.0.0.1", port))
+            return bound.getsockname()[1]
+    raise AssertionError("no port is free")
 
 
 def ask(text="hi", **sampling) -> generate_pb2.GenerateRequest:

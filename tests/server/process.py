@@ -1,4 +1,7 @@
-"""A server in a process of its own, to be killed: python -m tests.server.process PORT PACE TEXT."""
+"""A server in a process of its own, to be killed: python -m tests.server.process PORT HELD TEXT.
+
+After HELD tokens of a reply no more come; 0 is for all of them.
+"""
 
 import asyncio
 import sys
@@ -8,9 +11,9 @@ from runtime.server.pipeline import Pipeline
 from tests.server.scripted import PieceTokenizer, ScriptedEngine, info_for
 
 
-async def main(port: int, pace: float, text: str) -> None:
+async def main(port: int, held: int, text: str) -> None:
     tokenizer = PieceTokenizer()
-    engine = ScriptedEngine(text.encode(), pace=pace)
+    engine = ScriptedEngine(text.encode(), gate=asyncio.Event() if held else None, held=held)
     server = await serve(Pipeline(tokenizer, None, engine, info_for(tokenizer)), port=port)
     await server.ready()
     print(server.port, flush=True)
@@ -18,4 +21,4 @@ async def main(port: int, pace: float, text: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]))
+    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

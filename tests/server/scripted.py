@@ -72,6 +72,8 @@ class ScriptedEngine:
     refuse: Exception | None = None  # raised in place of a reply
     ending: FinishReason | None = None  # in place of LENGTH
     hang: bool = False  # after the reply's tokens, wait until the deadline or an abort
+    gate: asyncio.Event | None = None  # while it is not set, a choice gets no more than `held` tokens
+    held: int = 1
     cached: int = 0
     requests: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -150,6 +152,8 @@ class ScriptedEngine:
         for index, token in enumerate(tokens):
             if index < len(branch.reply):
                 continue
+            if self.gate is not None and index >= self.held:
+                await self.gate.wait()
             if self.dies is not None and index - len(branch.reply) >= self.dies:
                 yield finished(FinishReason.ERROR, index)
                 return
