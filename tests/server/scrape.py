@@ -19,7 +19,7 @@ async def ask_http(port: int, request: str | bytes) -> Answer:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(request if isinstance(request, bytes) else request.encode())
-        head, _, body = (await asyncio.wait_for(reader.read(), 10)).decode().partition("\r\n\r\n")
+        head, _, body = (await asyncio.wait_for(reader.read(), 60)).decode().partition("\r\n\r\n")
     finally:
         writer.close()
     line, *rest = head.split("\r\n")

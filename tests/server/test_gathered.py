@@ -135,7 +135,8 @@ def test_a_number_of_choices_that_no_server_takes_costs_nothing(talk):
     try:
         gathered = Gathered(generate_pb2.GenerateRequest(n=200_000))
         assert (gathered.resume(), gathered.reply(0), gathered.whole) == (None, None, False)
-        assert tracemalloc.get_traced_memory()[1] < 100_000
+        # A list of so many is 1.6 MB; other threads may allocate a little meanwhile.
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
 

@@ -6,6 +6,7 @@ import pytest
 
 from runtime.server.lifecycle import serve
 from runtime.server.pipeline import Pipeline
+from runtime.tokenizer import template as templates
 from runtime.tokenizer.chat import render_chat
 from runtime.tokenizer.load import load_tokenizer
 from runtime.tokenizer.template import ChatTemplate
@@ -24,7 +25,9 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def template(tokenizer):
-    made = ChatTemplate(tokenizer.chat_template, bos=tokenizer.bos_token, eos=tokenizer.eos_token)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(templates, "WALL_SECONDS", 120.0)  # a machine may stall for some of the usual ten
+        made = ChatTemplate(tokenizer.chat_template, bos=tokenizer.bos_token, eos=tokenizer.eos_token)
     yield made
     made.close()
 

@@ -81,13 +81,14 @@ def test_what_else_can_go_wrong():
 
 def test_a_client_that_cancels_frees_its_request():
     async def go():
-        engine = ScriptedEngine(pace=0.01)
+        engine = ScriptedEngine(pace=1000.0)
         async with serving(engine) as running:
             call = running.stub.Score(score_pb2.ScoreRequest(text="a" * 4000))
             await call.read()
             await until(lambda: engine.running == 1)
-            call.cancel()
+            call.cancel()  # nothing else ever ends it
             await until(lambda: engine.running == 0 and running.server._service.open_streams == 0)
+            assert len(engine.aborted) == 1
 
     asyncio.run(go())
 
@@ -147,11 +148,13 @@ def test_a_reader_that_stops_gives_its_share_back(monkeypatch):
         limits = Limits(max_scores=30)
         async with serving(engine, context_length=200_000, limits=limits) as running:
             call = running.stub.Score(score_pb2.ScoreRequest(top=50, token_ids=ids(*[5] * 100_000)))
-            await call.read()
-            await until(lambda: engine.running == 0)
+            await until(lambda: engine.requests and engine.running == 0)
+            monkeypatch.setattr(
+                backlog, "_STALLED", 60.0
+            )  # a reader that reads may be on a machine that stalls
             short = running.stub.Score(score_pb2.ScoreRequest(token_ids=ids(5, 5)))
             assert [message async for message in short][-1].HasField("finish")
-            call.cancel()
+            assert details(await refusal(call))["ErrorInfo"].reason == "SLOW_READER"
 
     asyncio.run(go())
 

@@ -20,7 +20,7 @@ class Twin:
         self._wait(self._client.close())
 
     def _wait(self, awaitable):
-        return asyncio.run_coroutine_threadsafe(_awaited(awaitable), self._loop).result(30)
+        return asyncio.run_coroutine_threadsafe(_awaited(awaitable), self._loop).result(120)
 
     def __getattr__(self, name):
         method = getattr(self._client, name)
