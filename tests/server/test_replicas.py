@@ -26,6 +26,7 @@ from runtime.types import (
 from tests.replies import ask_choices
 from tests.rule.engines import assert_same, check_idle, engine, lose_ranks, plain_replies
 from tests.rule.requests import named, requests
+from tests.server import leaping
 from tests.server.harness import serving
 from tests.server.scripted import EOS, PieceTokenizer, ScriptedEngine, info_for
 from tramontane import Client
@@ -226,8 +227,8 @@ def test_where_nobody_is_left_streams_end():
             await collect(client, asked("later"))
         with pytest.raises(Unavailable, match="a rank"):
             await client.load()
-        await asyncio.wait_for(client.until(there=False), 1)
-        assert await asyncio.wait_for(client.fallen(1), 1) == "a rank"
+        await asyncio.wait_for(client.until(there=False), 60)
+        assert await asyncio.wait_for(client.fallen(1), 60) == "a rank"
 
     asyncio.run(go())
 
@@ -247,7 +248,7 @@ def test_a_stream_waits_for_the_one_that_comes_back():
     async def collect_rest(stream):
         return [output async for output in stream]
 
-    asyncio.run(go())
+    leaping.run(go())
 
 
 @pytest.mark.parametrize("why", ["given up", "too long", "deadline"])
@@ -260,6 +261,7 @@ def test_nobody_waits_for_ever(why):
         if why == "given up":
             client.give_up(0)
         *_, end = await asyncio.wait_for(task, 5)
+        assert asyncio.get_running_loop().time() == pytest.approx(0.02 if why == "given up" else 0.1)
         assert end.completion_tokens == 3
         assert end.reason is (FinishReason.DEADLINE if why == "deadline" else FinishReason.ERROR)
         # One that has not begun is refused, or its deadline comes.
@@ -271,7 +273,7 @@ def test_nobody_waits_for_ever(why):
             with pytest.raises(Unavailable):
                 await asyncio.wait_for(task, 5)
 
-    asyncio.run(go())
+    leaping.run(go())
 
 
 def test_a_deadline_is_the_arrivals():
@@ -279,10 +281,10 @@ def test_a_deadline_is_the_arrivals():
         lives = ScriptedEngine(TEXT, pace=0.05)
         client = over(Mortal(TEXT, after=2, pace=0.05), lives)
         *_, end = await asyncio.wait_for(collect(client, replace(asked(max_tokens=20), deadline=0.3)), 5)
-        assert end.reason is FinishReason.DEADLINE and 2 <= end.completion_tokens <= 6
-        assert 0 < lives.requests[0].deadline <= 0.2
+        assert end.reason is FinishReason.DEADLINE and 5 <= end.completion_tokens <= 6
+        assert lives.requests[0].deadline == pytest.approx(0.2)
 
-    asyncio.run(go())
+    leaping.run(go())
 
 
 def test_a_request_that_kills_every_replica_is_stopped():
@@ -317,7 +319,7 @@ def test_full_queues():
         busy.refuse = None
         assert len(await asyncio.wait_for(task, 5)) == 13
 
-    asyncio.run(go())
+    leaping.run(go())
 
 
 def test_what_is_wrong_with_a_request_is_not_the_replicas_fault():
@@ -325,7 +327,7 @@ def test_what_is_wrong_with_a_request_is_not_the_replicas_fault():
         client = over(ScriptedEngine(refuse=InvalidArgument("prompt", "is bad")), ScriptedEngine(TEXT))
         with pytest.raises(InvalidArgument, match="prompt"):
             await collect(client, asked())
-        await asyncio.wait_for(client.until(there=True), 1)
+        await asyncio.wait_for(client.until(there=True), 60)
         hangs = over(ScriptedEngine(TEXT, hang=True))
         task = asyncio.create_task(collect(hangs, asked()))
         await asyncio.sleep(0.02)
@@ -387,7 +389,7 @@ def test_a_silent_replica_does_not_hide_the_others(monkeypatch):
         engines[1].running = 5
         assert await client.load() == replace(before, running=5)
 
-    asyncio.run(go())
+    leaping.run(go())
 
 
 def test_work_is_shared():
@@ -399,7 +401,7 @@ def test_work_is_shared():
         assert [len(each.requests) for each in engines] == [3, 3, 3]
         assert [client._router.work(i) for i in range(3)] == [0, 0, 0]
 
-    asyncio.run(go())
+    leaping.run(go())
 
 
 @pytest.mark.parametrize("field", ["numerics", "model", "vocab_size", "context_length"])
@@ -437,7 +439,7 @@ def test_a_client_that_never_resumes_sees_one_stream():
 
             def visit():
                 with Client(running.target, resumes=0) as client:
-                    return client.generate("hi", n=2, max_tokens=20, logprobs=1, seed=1, timeout=20)
+                    return client.generate("hi", n=2, max_tokens=20, logprobs=1, seed=1, timeout=120)
 
             reply = await asyncio.to_thread(visit)
         assert [choice.text for choice in reply.choices] == [
@@ -521,7 +523,7 @@ def test_real_ranks_are_lost_in_company(model, monkeypatch):
         client = Replicas([info, info], returning=False)
         client.put(0, first.client, info)
         client.put(1, second.client, info)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             found = await asyncio.gather(*(ask_choices(client, request) for request in wanted))
         assert_same([reply for [(reply, _)] in found], plain)
         assert client.moved > 0
