@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import tramontane
 from runtime.config import AccessConfig
 from runtime.errors import InvalidArgument
+from runtime.server import current
 from runtime.server.access import exposure, open_access
 from runtime.server.lifecycle import SERVICE, serve
 from tests.server.harness import ask, details, refusal, serving
@@ -82,7 +83,7 @@ def seen_by(visit, metrics_port=None, **access):
 
 def models(target, **options):
     with Client(target, resumes=0, **options) as client:
-        return [model.name for model in client.models(timeout=10)]
+        return [model.name for model in client.models(timeout=60)]
 
 
 def tls(pair, client_ca=None) -> dict:
@@ -131,7 +132,7 @@ def test_certificates_are_rotated_while_the_server_runs(tmp_path, ours, theirs, 
 
     def visit(target, running):
         with Client(target, resumes=0, tls_ca=old.file) as client:
-            assert client.models(timeout=10)
+            assert client.models(timeout=60)
             cert, key = new.write("fresh")
             replace(cert, pair[0])
             assert models(target, tls_ca=old.file)
@@ -140,11 +141,17 @@ def test_certificates_are_rotated_while_the_server_runs(tmp_path, ours, theirs, 
             assert models(target, tls_ca=new.file)
             with pytest.raises(Unavailable, match="CERTIFICATE_VERIFY_FAILED"):
                 models(target, tls_ca=old.file)
-            assert client.models(timeout=10)
+            assert client.models(timeout=60)
 
     with caplog.at_level(logging.WARNING):
         seen_by(visit, **tls(pair))
-    assert len(caplog.records) == 1, caplog.text
+    assert len(complaints(caplog)) == 1, caplog.text
+
+
+def complaints(caplog) -> list[logging.LogRecord]:
+    """What was said of the files: others may have something to say meanwhile."""
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    return [record for record in warnings if record.name == current.__name__]
 
 
 def test_the_authority_of_clients_is_rotated_too(tmp_path, ours, pair):
@@ -193,7 +200,7 @@ def test_every_call_but_health_wants_a_token(tokens):
             for place, method in enumerate(methods):
                 for wrong in WRONG if place == 0 else WRONG[:2]:
                     metadata = [("authorization", value) for value in wrong]
-                    call = running.channel.stream_stream(method)(iter([b""]), metadata=metadata, timeout=10)
+                    call = running.channel.stream_stream(method)(iter([b""]), metadata=metadata, timeout=60)
                     error = await refusal(call)
                     assert error.code() is grpc.StatusCode.UNAUTHENTICATED, (method, wrong)
                     assert details(error)["ErrorInfo"].reason == "UNAUTHENTICATED"
@@ -213,7 +220,7 @@ def test_a_large_request_is_refused_as_fast(tokens):
     async def go():
         access = AccessConfig(auth_token_file=str(tokens))
         async with serving(ScriptedEngine(b"abc"), access=access) as running:
-            error = await refusal(running.stub.Generate(ask("a" * (7 << 20)), timeout=20))
+            error = await refusal(running.stub.Generate(ask("a" * (7 << 20)), timeout=60))
             assert error.code() is grpc.StatusCode.UNAUTHENTICATED
 
     asyncio.run(go())
@@ -224,7 +231,7 @@ def test_refusals_are_counted_and_the_watch_port_asks_for_nothing(tokens):
         with pytest.raises(Unauthenticated, match="wants a token"):
             models(target)
         page = f"http://127.0.0.1:{running.server.metrics_port}/metrics"
-        with urllib.request.urlopen(page, timeout=10) as answer:
+        with urllib.request.urlopen(page, timeout=60) as answer:
             text = answer.read().decode()
         assert 'tramontane_requests_total{code="UNAUTHENTICATED",method="ListModels"} 1.0' in text
 
@@ -239,7 +246,7 @@ def test_tokens_are_rotated_while_the_server_runs(tokens, caplog):
 
             def known(client):
                 try:
-                    return bool(client.models(timeout=10))
+                    return bool(client.models(timeout=60))
                 except Unauthenticated as error:
                     assert "none that this server knows" in error.message
                     return False
@@ -260,7 +267,7 @@ def test_tokens_are_rotated_while_the_server_runs(tokens, caplog):
 
     with caplog.at_level(logging.DEBUG):
         seen_by(visit, auth_token_file=str(tokens))
-    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 2, caplog.text
+    assert len(complaints(caplog)) == 2, caplog.text
     assert not any(token in caplog.text for token in (OLD, NEW, STRANGE))
 
 
@@ -275,7 +282,7 @@ def test_a_stream_goes_on_where_it_broke_with_its_certificate_and_token(talk, ou
             text = "".join(chunk.text for chunk in stream)
         assert (text, stream.reply.resumed) == ("abcdefgh", 2)
         assert client.generate("x", max_tokens=8, seed=1).text == "abcdefgh"
-        assert client.tokenize("a", timeout=10) and client.score("abc", timeout=10).tokens
+        assert client.tokenize("a", timeout=60) and client.score("abc", timeout=60).tokens
 
     talk(engine, conversation, resumes=4, client=mine, access=access)
 
@@ -286,7 +293,7 @@ def test_a_wrong_token_is_not_tried_again(talk, tokens):
     def conversation(client):
         for call in (client.generate, client.score, client.tokenize):
             with pytest.raises(Unauthenticated) as caught:
-                call("abc", timeout=10)
+                call("abc", timeout=60)
             assert STRANGE not in str(caught.value)
 
     access = AccessConfig(auth_token_file=str(tokens))
