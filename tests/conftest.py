@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests.support import smollm2_path
+
+# Random draws go on finding things, and on a slow machine that is all they do: neither how long one example
+# takes (200 ms by default) nor how long the first ten take to draw says anything of the code. What fails says
+# how to draw it again. Tests that set more of this themselves start from here.
+with contextlib.suppress(ImportError):  # a machine with a GPU may lack it
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "any-speed", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    )
+    settings.load_profile("any-speed")
 
 # Tiny models run fastest on one thread, and OpenMP's teams wait for each other by spinning, which is slow
 # where cores are shared. Tests that are about threads set their own number.
@@ -42,10 +54,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 @pytest.fixture(autouse=True)
-def threads_stay() -> Iterator[None]:
-    """An engine in this process sets torch's threads for all of it: undone after each test."""
+def torch_stays() -> Iterator[None]:
+    """An engine in this process sets torch's threads for all of it: undone after each test. And what is drawn
+    from torch's own generator must not depend on which tests this process happened to run before."""
     torch = sys.modules.get("torch")
     before = torch.get_num_threads() if torch else 1
+    if torch:
+        torch.manual_seed(0)
     yield
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(before)
