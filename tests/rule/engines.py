@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from runtime.local import LocalEngine
 from runtime.loop import EngineLoop
 from runtime.types import Request
 from tests.replies import Reply, ask_in_turn
+
+HANGS = 120.0  # seconds: whoever has not answered by then never will, on any machine
 
 
 @contextmanager
@@ -51,8 +54,37 @@ def check_idle(made: LocalEngine) -> None:
 
     answers: queue.SimpleQueue = queue.SimpleQueue()
     made.loop.check(answers.put)
-    if error := answers.get(timeout=20):
+    if error := answers.get(timeout=HANGS):
         raise error
+
+
+@asynccontextmanager
+async def held(made: LocalEngine) -> AsyncIterator[None]:
+    """The engine does nothing meanwhile, and finds all that it was asked when it goes on. Without, who comes
+    first may be done before the next one comes, wherever the caller's thread has to wait for a processor."""
+    go_on, stands = threading.Event(), asyncio.Event()
+    here = asyncio.get_running_loop()
+
+    def stand(_: Exception | None) -> None:
+        here.call_soon_threadsafe(stands.set)
+        go_on.wait(HANGS)
+
+    made.loop.check(stand)
+    try:
+        async with asyncio.timeout(HANGS):
+            await stands.wait()
+        yield
+    finally:
+        go_on.set()
+
+
+async def at_once(made: LocalEngine, work: Coroutine, requests: int):
+    """What `work` returns, which asks for so many requests: they come before the first of them has a plan."""
+    async with held(made):
+        task = asyncio.ensure_future(work)
+        while made.loop._events.qsize() < requests and not task.done():
+            await asyncio.sleep(0)
+    return await task
 
 
 def lose_ranks(monkeypatch: pytest.MonkeyPatch, *lives: int, of: EngineLoop | None = None) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from runtime.types import Branch, Request
 from tests.replies import Reply, ask_all, ask_choices
-from tests.rule.engines import assert_same, check_idle, engine, plain_replies
+from tests.rule.engines import HANGS, assert_same, check_idle, engine, plain_replies
 from tests.rule.requests import others, requests
 
 CONTEXT, VOCAB, CHOICES = 128, 384, 3
@@ -96,7 +96,7 @@ def test_a_caller_who_leaves_frees_all_choices(model):
         stream = made.client.generate(request)
         await anext(stream)
         await stream.aclose()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANGS):
             while (load := await made.client.load()).free_blocks < load.total_blocks:
                 await asyncio.sleep(0.01)
         assert (load.running, load.waiting) == (0, 0)

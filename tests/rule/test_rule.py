@@ -9,7 +9,7 @@ import pytest
 
 from runtime.types import FinishReason
 from tests.replies import Reply, ask_all, ask_in_turn
-from tests.rule.engines import assert_same, check_idle, engine, plain_replies
+from tests.rule.engines import assert_same, at_once, check_idle, engine, plain_replies
 from tests.rule.requests import named, others, requests
 from tests.support import fixture_path
 
@@ -68,7 +68,8 @@ class Case:
                     if in_turn:
                         return await ask_in_turn(made.client, asked)
                     crowd = others(self.vocab, self.context, company)
-                    replies = await ask_all(made.client, [*asked[::2], *crowd, *asked[1::2]])
+                    everyone = [*asked[::2], *crowd, *asked[1::2]]
+                    replies = await at_once(made, ask_all(made.client, everyone), len(everyone))
                     evens = replies[: len(asked[::2])]
                     odds = replies[len(asked[::2]) + company :]
                     mixed = [None] * len(asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from runtime.loop import EngineLoop
 from runtime.types import Finished, FinishReason
 from tests.replies import Reply, ask
-from tests.rule.engines import assert_same, check_idle, engine, plain_replies
+from tests.rule.engines import HANGS, assert_same, check_idle, engine, plain_replies
 from tests.rule.requests import named, requests
 
 CONTEXT = 192
@@ -103,7 +105,7 @@ def test_any_engine_under_any_traffic(models, scenario):
         return None
 
     async def serve(made) -> list[Reply | None]:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(HANGS):
             return await asyncio.gather(*(one(made, n) for n in range(len(asked))))
 
     with engine(path, **setting) as made:
@@ -113,9 +115,19 @@ def test_any_engine_under_any_traffic(models, scenario):
     assert_same([one for one, _ in pairs], [other for _, other in pairs])
 
 
-def test_a_stop_by_the_gateway_keeps_what_came_before(models):
+def test_a_stop_by_the_gateway_keeps_what_came_before(models, monkeypatch):
     """A stop string found late: the reply ends with STOP, and the tokens before it are the reply's own."""
     want = plain(models["int4"])
+    step_finished, sampled, told = EngineLoop._step_finished, [], threading.Event()
+
+    def waits(loop, result) -> None:
+        """With the fourth token out, for the stop: or the reply could end before its reader is awake."""
+        step_finished(loop, result)
+        sampled.extend(result.tokens)
+        if len(sampled) >= 4:
+            told.wait(HANGS)
+
+    monkeypatch.setattr(EngineLoop, "_step_finished", waits)
 
     async def serve(made) -> None:
         [request] = named([REQUESTS[0]], ".stop")
@@ -127,6 +139,7 @@ def test_a_stop_by_the_gateway_keeps_what_came_before(models):
             seen.append(output.token)
             if len(seen) == 4:
                 await made.client.stop_at(request.request_id, 3)
+                told.set()
         assert tuple(seen) == want[0].tokens[: len(seen)]
 
     with engine(models["int4"]) as made:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
@@ -78,11 +77,14 @@ def test_a_stage_that_fails_ends_every_stream(tiny, monkeypatch, failing):
     stages = ((0, 1), (1, 2), (2, 3))
     monkeypatch.setattr(Forward, "layers", fails)
     with engine(tiny(context=CONTEXT, layers=3), pp=3, tp=2) as made:
+        threads = [made.loop._thread, *made.loop._ranks._threads]
 
         async def streams():
             return await asyncio.gather(*(ask(made.client, greedy(f"r{i}", (1, i), 50)) for i in range(3)))
 
         for _, end in asyncio.run(streams()):
             assert end.reason is FinishReason.ERROR and end.detail
-        started = time.monotonic()
-    assert time.monotonic() - started < 5
+    # Where one waits for what never comes, close() leaves it behind after its ten seconds: it lives on.
+    for thread in threads:
+        thread.join(30)
+    assert len(threads) == 7 and not any(thread.is_alive() for thread in threads)
