@@ -65,7 +65,7 @@ def logits(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(240)
     if failed:
         raise failed[0]
     assert found[0] is not None

@@ -37,11 +37,10 @@ def test_other_threads_go_on_while_a_text_is_encoded(tmp_path, make):
     sys.setswitchinterval(1000.0)  # a thread has its turn when another gives it up, and never else
     try:
         other.start()
-        before = turns
-        for _ in range(50):  # on a busy machine another thread may come too late for its turn
+        before, ends = turns, time.monotonic() + 60
+        while turns == before and time.monotonic() < ends:
+            # On a busy machine the other thread may come too late for its turn, again and again.
             tokenizer._encode_text("the in" * 2000, False)
-            if turns > before:
-                break
         after = turns
     finally:
         done.set()
