@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import queue
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
+import runtime.wire.gateway_channel as module
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.errors import InvalidArgument, QueueFull, Unavailable
 from runtime.local import LocalEngine
@@ -23,6 +26,32 @@ from runtime.wire.outbox import Outbox
 from tests.replies import ask, ask_all, ask_choices, greedy
 
 TOKEN = "a secret"
+AT_ONCE = 60.0  # seconds for what is to happen at once: a loaded machine may stand still for several
+
+
+class Steps:
+    """How many steps the rank may take yet. A reply is then as far as a test wants it, neither still to come
+    nor over, however fast the engine is and however late the test looks."""
+
+    def __init__(self) -> None:
+        self._left = math.inf
+        self._changed = threading.Condition()
+
+    def hold(self, after: int = 0) -> None:
+        """Once so many more have been taken."""
+        with self._changed:
+            self._left = after
+            self._changed.notify()
+
+    def more(self, count: float = math.inf) -> None:
+        with self._changed:
+            self._left += count
+            self._changed.notify()
+
+    def take(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._left > 0)
+            self._left -= 1
 
 
 class Served:
@@ -32,6 +61,10 @@ class Served:
 
     def __init__(self, path, **settings):
         self.engine = LocalEngine(ModelConfig(str(path)), EngineConfig(**settings), ParallelConfig(threads=1))
+        self.steps = Steps()
+        [runner] = self.engine.loop._ranks._runners
+        execute = runner.execute
+        runner.execute = lambda plan: (self.steps.take(), execute(plan))[1]
         self.info = asyncio.run(self.engine.client.info())
         self.connections: list[Connection] = []
         self.listener = Listener("127.0.0.1", TOKEN, self._greet)
@@ -51,9 +84,10 @@ class Served:
     def healthy(self) -> None:
         answers: queue.SimpleQueue = queue.SimpleQueue()
         self.engine.loop.check(answers.put)
-        assert answers.get(timeout=10) is None
+        assert answers.get(timeout=AT_ONCE) is None
 
     def close(self) -> None:
+        self.steps.more()
         self.listener.close()
         self.engine.close()
 
@@ -76,13 +110,20 @@ def long(name: str, prompt: tuple[int, ...] = (1, 5, 9)) -> Request:
 
 async def until(channel, reached: Callable) -> object:
     """Wait until the engine's load is as wanted; returns it."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(AT_ONCE):
         while not reached(load := await channel.load()):
             await asyncio.sleep(0.005)
     return load
 
 
-def run(served: Served, body: Callable, limit: float = 60) -> object:
+async def all_run(served: Served, channel, count: int) -> None:
+    """Wait until so many requests have come, which the steps are held for, and run; they go no further."""
+    await until(channel, lambda load: load.running + load.waiting == count)
+    served.steps.more(5)  # plans that were made before some had come stand before those that start them
+    await until(channel, lambda load: load.running == count)
+
+
+def run(served: Served, body: Callable, limit: float = 200) -> object:
     async def main():
         channel = await served.connect()
         try:
@@ -130,6 +171,7 @@ def test_choices_and_what_goes_on_are_what_the_engine_says(served):
 
 def test_one_choice_is_stopped_alone(served):
     request = replace(long("r"), branches=(Branch(0), Branch(1)))
+    served.steps.hold(after=30)  # far enough for what is seen below, and no further
 
     async def body(channel):
         ends = {}
@@ -145,6 +187,7 @@ def test_one_choice_is_stopped_alone(served):
         assert [(ends[c].completion_tokens, ends[c].last) for c in (1, 0)] == [(3, False), (5, True)]
 
     run(served, body)
+    served.steps.more()
     served.healthy()
 
 
@@ -179,25 +222,31 @@ def test_a_question_that_was_given_up_breaks_nothing(served):
         await asyncio.sleep(0)
         for each in asked:
             each.cancel()
-        await asyncio.sleep(0.05)
-        assert (await asyncio.wait_for(channel.load(), 5)).total_blocks > 0
+        # Its answer comes behind those that nobody waits for.
+        assert (await asyncio.wait_for(channel.load(), AT_ONCE)).total_blocks > 0
 
     run(served, body)
 
 
-def test_the_first_token_comes_long_before_the_last(served):
+def test_a_token_comes_before_the_next_is_made(served):
+    served.steps.hold()
+
     async def body(channel):
-        arrived = []
-        async for _ in channel.generate(greedy("r", (1, 2), 600)):
-            arrived.append(time.monotonic())
-        assert len(arrived) == 601
-        assert arrived[0] - arrived[-1] < -0.05
-        assert len(set(arrived)) > 100
+        stream = channel.generate(greedy("r", (1, 2), 600))
+        for index in range(50):
+            served.steps.more(1)  # which makes a token, or more where some were guessed
+            output = await asyncio.wait_for(anext(stream), AT_ONCE)
+            assert output.index == index
+        served.steps.more()
+        rest = [output async for output in stream]
+        assert len(rest) == 551 and isinstance(rest[-1], Finished)
 
     run(served, body)
 
 
 def test_leaving_a_stream_frees_its_kv_within_a_step(served):
+    served.steps.hold(after=10)
+
     async def body(channel):
         stream = channel.generate(long("r", tuple(range(3, 103))))
         for _ in range(3):
@@ -207,6 +256,7 @@ def test_leaving_a_stream_frees_its_kv_within_a_step(served):
         await stream.aclose()
         asked = await channel.load()  # answered after the abort, on the same connection
         assert asked.running == 0 and asked.waiting == 0
+        served.steps.more()
         after = await until(channel, lambda load: load.free_blocks == load.total_blocks)
         await asyncio.sleep(0.1)
         assert (await channel.load()).steps - asked.steps <= 3  # what was in flight, and the slot's end
@@ -217,31 +267,42 @@ def test_leaving_a_stream_frees_its_kv_within_a_step(served):
 
 
 def test_a_cancelled_task_leaves_its_stream(served):
+    served.steps.hold()
+
     async def body(channel):
         task = asyncio.create_task(ask(channel, long("r")))
         await until(channel, lambda load: load.running == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await until(channel, lambda load: load.running == 0 and load.free_blocks == load.total_blocks)
+        await until(channel, lambda load: load.running == 0)  # with no step that could have ended it
+        served.steps.more()
+        await until(channel, lambda load: load.free_blocks == load.total_blocks)
 
     run(served, body)
 
 
 def test_a_gateway_that_hangs_up_takes_its_requests_along(served):
+    served.steps.hold()
+
     async def body(channel):
         other = served.raw()
         for i in range(5):
             other.send("add", long(f"r{i}"))
-        await until(channel, lambda load: load.running == 5)
+        await all_run(served, channel, 5)
         other.close()
-        await until(channel, lambda load: load.running == 0 and load.free_blocks == load.total_blocks)
+        await until(channel, lambda load: load.running == 0)  # with no step that could have ended them
+        served.steps.more()
+        await until(channel, lambda load: load.free_blocks == load.total_blocks)
 
     run(served, body)
     served.healthy()
 
 
-def test_a_gateway_that_does_not_read_holds_nobody_up(served):
+def test_a_gateway_that_does_not_read_holds_nobody_up(served, monkeypatch):
+    monkeypatch.setattr(module, "STALLED_SECONDS", 600.0)  # others need not wait until it is given up
+    served.steps.hold()
+
     async def body(channel):
         other = served.raw()
         other.detach().setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -249,8 +310,9 @@ def test_a_gateway_that_does_not_read_holds_nobody_up(served):
             other.send(
                 "add", replace(long(f"r{i}"), params=SamplingParams(max_tokens=1500, seed=i, logprobs=20))
             )
-        await until(channel, lambda load: load.running == 30)
-        replies = await ask_all(channel, [greedy(f"mine{i}", (1, 2, i), 10) for i in range(5)], 30)
+        await all_run(served, channel, 30)
+        served.steps.more()
+        replies = await ask_all(channel, [greedy(f"mine{i}", (1, 2, i), 10) for i in range(5)], AT_ONCE)
         assert all(len(reply.tokens) == 10 for reply in replies)
         other.close()
         await until(channel, lambda load: load.running == 0)
@@ -260,17 +322,17 @@ def test_a_gateway_that_does_not_read_holds_nobody_up(served):
 
 def test_a_gateway_that_reads_nothing_is_hung_up_on_at_a_bound(served):
     """What waits for it does not grow for ever; its requests end, and others go on."""
-    served.limit = 20_000
 
     async def body(channel):
         mine = asyncio.create_task(ask(channel, greedy("mine", (1, 2), 300)))
+        served.limit = 20_000  # from now on: whoever reads may be late by more than that
         other = served.raw()
         theirs = served.connections[-1].detach()
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
         for i in range(8):
             params = SamplingParams(max_tokens=1500, seed=i, logprobs=20)
             other.send("add", replace(long(f"r{i}"), params=params))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(AT_ONCE):
             while theirs.fileno() != -1:  # until the engine hangs up
                 await asyncio.sleep(0.005)
         assert len((await mine)[0].tokens) == 300
@@ -311,16 +373,20 @@ def test_a_vanished_host_is_missed_at_both_ends(served):
     ids=lambda raw: raw[:12],
 )
 def test_nonsense_ends_its_own_gateway_alone(served, nonsense):
+    served.steps.hold()
+
     async def body(channel):
         mine = asyncio.create_task(ask(channel, greedy("mine", (1, 2), 300)))
         other = served.raw()
         other.send("add", long("theirs"))
-        await until(channel, lambda load: load.running == 2)
+        await all_run(served, channel, 2)
         other.detach().sendall(LENGTH.pack(len(nonsense)) + nonsense)
-        other.set_timeout(10)
+        other.set_timeout(AT_ONCE)
         with pytest.raises(Exception, match=r"gone|hung up"):
             while True:
                 other.receive()
+        await until(channel, lambda load: load.running == 1)
+        served.steps.more()
         reply, _ = await mine
         assert len(reply.tokens) == 300
         await until(channel, lambda load: load.running == 0)
@@ -330,17 +396,22 @@ def test_nonsense_ends_its_own_gateway_alone(served, nonsense):
 
 def test_ids_of_two_gateways_do_not_meet(served):
     """The same id twice, and an abort that names another's request."""
+    served.steps.hold()
 
     async def body(channel):
         other = await served.connect()
         mine = asyncio.create_task(ask(channel, greedy("same", (1, 2), 300)))
         theirs = asyncio.create_task(ask(other, greedy("same", (5, 6, 7), 200)))
-        await until(channel, lambda load: load.running == 2)
+        await all_run(served, channel, 2)
         stranger = served.raw()
         for reason in (FinishReason.CANCELLED, FinishReason.STOP):
             stranger.send("abort", Abort("same", reason))
             stranger.send("abort", Abort("1/same", reason))
             stranger.send("abort", Abort("unknown", reason, 5))
+        stranger.send("get_load", 1)
+        kind, (_, load) = await asyncio.to_thread(stranger.receive)  # answered after the aborts
+        assert (kind, load.running) == ("load", 2)
+        served.steps.more()
         (a, _), (b, _) = await mine, await theirs
         assert (len(a.tokens), len(b.tokens)) == (300, 200) and a.tokens[:200] != b.tokens
         stranger.close()
@@ -350,11 +421,14 @@ def test_ids_of_two_gateways_do_not_meet(served):
 
 
 def test_an_id_in_use_is_refused_and_the_first_goes_on(served):
+    served.steps.hold()
+
     async def body(channel):
         first = asyncio.create_task(ask(channel, greedy("r", (1, 2), 200)))
         await until(channel, lambda load: load.running == 1)
         with pytest.raises(InvalidArgument, match="request_id"):
             await ask(channel, greedy("r", (1, 2), 5))
+        served.steps.more()
         reply, _ = await first
         assert len(reply.tokens) == 200
         again, _ = await ask(channel, greedy("r", (1, 2), 5))  # free again
@@ -411,6 +485,8 @@ def test_a_stop_that_makes_no_sense_harms_nobody(served, keep):
 
 
 def test_a_stop_ends_a_stream_at_a_token(served):
+    served.steps.hold(after=20)  # far enough for what is seen below, and no further
+
     async def body(channel):
         seen = []
         async for output in channel.generate(long("r")):
@@ -426,6 +502,7 @@ def test_a_stop_ends_a_stream_at_a_token(served):
 
 def test_a_full_queue_says_when_to_come_again(path):
     served = Served(path, max_num_seqs=1, max_waiting=2)
+    served.steps.hold()
 
     async def body(channel):
         tasks = []
@@ -439,6 +516,7 @@ def test_a_full_queue_says_when_to_come_again(path):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await until(channel, lambda load: load.running + load.waiting == 0)
+        served.steps.more()
         await ask(channel, greedy("again", (1,), 3))
 
     try:
@@ -448,11 +526,13 @@ def test_a_full_queue_says_when_to_come_again(path):
 
 
 def test_a_deadline_passes_through(served):
+    served.steps.hold(after=5)  # nothing else will end it
+
     async def body(channel):
         started = time.monotonic()
         _, end = await ask(channel, replace(long("r"), deadline=0.15))
         assert end.reason is FinishReason.DEADLINE
-        assert 0.1 < time.monotonic() - started < 5
+        assert 0.1 < time.monotonic() - started < AT_ONCE
         _, end = await ask(channel, replace(long("late"), deadline=-1.0))
         assert (end.reason, end.completion_tokens) == (FinishReason.DEADLINE, 0)
 
@@ -462,11 +542,12 @@ def test_a_deadline_passes_through(served):
 @pytest.mark.parametrize("how", ["stopped", "cut"])
 def test_an_engine_that_goes_ends_every_stream(path, how):
     served = Served(path)
+    served.steps.hold()
     live: list = []
 
     async def body(channel):
         tasks = [asyncio.create_task(ask(channel, long(f"r{i}"))) for i in range(4)]
-        await until(channel, lambda load: load.running == 4)
+        await all_run(served, channel, 4)
         if how == "stopped":
             served.engine.loop.ranks_lost("a rank was lost")
         else:
@@ -483,7 +564,7 @@ def test_an_engine_that_goes_ends_every_stream(path, how):
             await ask(channel, long("later"))
 
     try:
-        run(served, body, limit=20)
+        run(served, body)
         assert len(live) == 4
     finally:
         served.close()
@@ -504,11 +585,13 @@ def test_after_the_engines_end_everything_is_unavailable(path):
         with pytest.raises(Unavailable):
             await served.engine.client.load()
 
-    run(served, body, limit=20)
+    run(served, body)
     served.close()
 
 
 def test_closing_a_channel_ends_its_streams(served):
+    served.steps.hold()
+
     async def body(channel):
         task = asyncio.create_task(ask(channel, long("r")))
         await until(channel, lambda load: load.running == 1)
@@ -517,12 +600,12 @@ def test_closing_a_channel_ends_its_streams(served):
             await task
         with pytest.raises(Unavailable):
             await channel.info()
-        assert await asyncio.wait_for(channel.wait_lost(), 5)
+        assert await asyncio.wait_for(channel.wait_lost(), AT_ONCE)
 
     run(served, body)
 
     async def freed(channel):
-        await until(channel, lambda load: load.running == 0)
+        await until(channel, lambda load: load.running == 0)  # with no step that could have ended it
 
     run(served, freed)
 
@@ -533,7 +616,7 @@ def test_a_wrong_token_is_unavailable(served, token):
         with pytest.raises(Unavailable, match="does not answer"):
             await EngineChannel.connect(served.listener.host, served.listener.port, token)
 
-    asyncio.run(asyncio.wait_for(main(), 10))
+    asyncio.run(asyncio.wait_for(main(), AT_ONCE))
 
 
 def test_nobody_there_is_unavailable(served):
@@ -541,7 +624,7 @@ def test_nobody_there_is_unavailable(served):
         with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 does not answer"):
             await EngineChannel.connect("127.0.0.1", 1, TOKEN)
 
-    asyncio.run(asyncio.wait_for(main(), 10))
+    asyncio.run(asyncio.wait_for(main(), AT_ONCE))
 
 
 @pytest.mark.parametrize("how", ["silent", "garbage", "half", "stranger", "given up"])
@@ -554,14 +637,16 @@ def test_a_channel_that_cannot_be_had_leaves_no_socket(how):
         "stranger": LENGTH.pack(len(encode("beat", 1))) + encode("beat", 1),
         "given up": b"",
     }
+    timeout = 0.3 if how in ("silent", "half") else AT_ONCE  # that the others are not to wait for
 
     async def main(server: socket.socket) -> None:
         host, port = server.getsockname()
-        connecting = asyncio.create_task(EngineChannel.connect(host, port, TOKEN, timeout=0.3))
+        connecting = asyncio.create_task(EngineChannel.connect(host, port, TOKEN, timeout=timeout))
         near, _ = await asyncio.to_thread(server.accept)
         with near:
-            near.settimeout(10)
-            near.sendall(answers[how])
+            near.settimeout(AT_ONCE)
+            with contextlib.suppress(ConnectionError):  # the other end may have given up by now
+                near.sendall(answers[how])
             if how == "given up":
                 connecting.cancel()
             error = (await asyncio.gather(connecting, return_exceptions=True))[0]
@@ -581,4 +666,4 @@ def test_a_channel_that_cannot_be_had_leaves_no_socket(how):
                 assert await asyncio.to_thread(drained)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        asyncio.run(asyncio.wait_for(main(server), 10))
+        asyncio.run(asyncio.wait_for(main(server), 2 * AT_ONCE))
