@@ -17,12 +17,26 @@ from tests.conformance.compare import Tally, differing_bits, encode_reply
 from tests.conformance.gateway import run_gateway
 from tests.conformance.models import CONTEXT, TINY, Model
 from tests.conformance.replicas import run_replicas
+from tests.conformance.scenario import Arrival, Play, Scenario
 from tests.conformance.search import search
 from tests.conformance.ways import Way, run_way, ways
 from tests.replies import Reply
 from tests.support import REPOSITORY, fixture_path
 
 SEED = int(os.environ.get("TRAMONTANE_SEED") or int.from_bytes(os.urandom(4), "little"))
+# Meets all that is counted, whatever the seed: of 130 random scenarios, three to seven preempted anyone, so
+# that now and then a seed would have had none.
+EVERYTHING = Scenario(
+    block_size=4,
+    total_blocks=20,  # what six prompts take, without their replies
+    draft="plan",
+    arrivals=(
+        *(Arrival(request) for request in (0, 8, 2, 10)),
+        *(Arrival(3, known=2), Arrival(11, leaves=1)),
+        *(Arrival(request, at=60) for request in (0, 8, 2, 10, 12)),
+        *(Arrival(4, at=90, scores=True), Arrival(10, at=120)),
+    ),
+)
 SCENARIOS = {"mixed-u3": 130, "fp32-u5": 50, "int4-u8": 20}  # 200 in all, most where a step costs least
 
 
@@ -60,9 +74,11 @@ def test_random_scenarios(models, name):
     tally = search(models[name], SCENARIOS[name], SEED)
     none_differ(tally)
     assert tally.seen["scenarios"] == SCENARIOS[name]
-    if name == "mixed-u3":  # enough of them to meet everything
-        missed = [met for met, times in tally.seen.items() if not times]
-        assert not missed and len(tally.seen) == 10, (missed, tally.seen)
+    if name == "mixed-u3":  # enough of them to meet nearly everything
+        assert sum(times > 0 for times in tally.seen.values()) >= 7, tally.seen
+        every = Play(models[name], EVERYTHING).run()
+        none_differ(every)
+        assert len(every.seen) == 10 and all(every.seen.values()), every.seen
 
 
 def test_engines_that_are_lost(models):
@@ -117,6 +133,7 @@ def large(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(700)  # a minute, where nothing else runs: all ways, a gateway, and a Ray of its own
 def test_the_command(models, tmp_path):
     """It ends with the one line, and its record says the same."""
     done = subprocess.run(
@@ -126,7 +143,7 @@ def test_the_command(models, tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'proto'}"},
     )
