@@ -1,4 +1,5 @@
-"""Compiles the specimens of one module, a JSON line each: `python -m tests.gpu.cross_compile NAME`.
+"""Compiles the specimens of one module, a JSON line each: `python -m tests.gpu.cross_compile NAME`, or of
+NAME:0/4 the first, fifth, ninth ...
 
 A process of its own, since the interpreter, once chosen, stays for a process."""
 
@@ -15,9 +16,11 @@ from tests.gpu.machine_code import compile_for
 
 
 def main(names: list[str]) -> None:
-    for name in names:
+    for named in names:
+        name, _, share = named.partition(":")
+        first, of = map(int, share.split("/")) if share else (0, 1)
         module = importlib.import_module(f"tests.gpu.specimens.{name}")
-        for specimen in module.specimens():
+        for specimen in module.specimens()[first::of]:
             for architecture in specimen.architectures:
                 code = compile_for(specimen, architecture)
                 loop = code.hot_loop("HGMMA")
