@@ -104,6 +104,7 @@ def pipe(comm: SocketCommunicator, tp: int = 2) -> None:
 
 def lose_stage(comm: SocketCommunicator) -> None:
     """The middle stage dies; those before and after it find out."""
+    comm.all_gather(payload(1, comm.rank), [1] * comm.size)  # a loss among ranks that still join is another
     ends = StagePipe(comm.mesh, 1)
     if ends.stage == 1:
         os._exit(9)

@@ -10,8 +10,11 @@ import pytest
 
 from tests.support import REPOSITORY
 
+# Seconds within which a loss is noticed: where it is not, torch.distributed gives up after 60, sockets never.
+NOTICED = 45
 
-def run(ranks: int, script: str, limit: float = 90) -> list[list[str]]:
+
+def run(ranks: int, script: str, limit: float = 240) -> list[list[str]]:
     """Lines that each rank printed after its address."""
     processes = [
         subprocess.Popen(
@@ -67,7 +70,7 @@ def test_a_lost_peer_is_noticed(size):
     *others, lost = run(3, f"lose {size}")
     assert lost == []
     for lines in others:
-        assert json.loads(lines[0])["noticed"] < 10
+        assert json.loads(lines[0])["noticed"] < NOTICED
         assert lines[1].startswith("Unavailable: rank ")
 
 
@@ -80,5 +83,5 @@ def test_a_lost_stage_is_noticed_at_both_ends():
     first, lost, last = run(3, "lose stage")
     assert lost == []
     for lines in (first, last):
-        assert json.loads(lines[0])["noticed"] < 10
+        assert json.loads(lines[0])["noticed"] < NOTICED
         assert lines[1].startswith("Unavailable: rank ")

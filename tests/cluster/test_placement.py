@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from runtime.cluster import placement
 from runtime.cluster.placement import Room, place, shortage, unreachable
 from runtime.cluster.versions import check_alike, installed
 from runtime.config import ParallelConfig
@@ -33,7 +34,8 @@ def test_a_cluster_without_free_cpus_says_so():
     assert said == "needs a share of 0.005 CPUs: 0.002 free in 1 node"
 
 
-def test_nodes_that_are_only_believed_to_live_are_found():
+def test_nodes_that_are_only_believed_to_live_are_found(monkeypatch):
+    monkeypatch.setattr(placement, "LOOK_SECONDS", 30.0)  # a loaded machine may be slow to dial itself
     with socket.create_server(("127.0.0.1", 0)) as there:
         port = there.getsockname()[1]
         here = {
@@ -51,12 +53,15 @@ def test_gpus_that_do_not_come_are_waited_for_and_then_refused(local_ray):
     from ray.util import placement_group_table
 
     said: list[str] = []
+    before = set(placement_group_table())
     started = time.monotonic()
     with pytest.raises(NotEnough, match=r"^Ray found no room in 2 s: needs 4 more GPUs: 0 of 4 free; see"):
         place(ParallelConfig(tp=2, pp=2, device="cuda"), said.append, seconds=2)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 50  # where nobody says how long, it is a minute
     assert said == ["waiting for Ray: needs 4 more GPUs: 0 of 4 free"]
-    assert all(group["state"] == "REMOVED" for group in placement_group_table().values())
+    groups = placement_group_table()
+    mine = set(groups) - before
+    assert mine and all(groups[name]["state"] == "REMOVED" for name in mine)
 
 
 def test_versions_that_differ_are_told_apart():
