@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,8 @@ from tests.support import REPOSITORY
 pytestmark = pytest.mark.cluster
 
 CONTEXT = 256  # that requests fit into
-LONG = 4096  # the model's: a reply that is not at its end when something dies
+LONG = 65536  # the model's: a reply that is minutes from its end when something dies
+AT_ONCE = 60.0  # seconds for what is to happen at once: a loaded machine may stand still for several
 SHAPE = {
     "types": {"*": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q3_K", "ffn_gate": "Q8_0"},
     "heads": 16,
@@ -57,7 +60,7 @@ def cluster(path: Path, tp: int, *, pp: int = 1, max_model_len: int | None = Non
         made.close()
 
 
-def talk(made, body: Callable, limit: float = 120) -> object:
+def talk(made, body: Callable, limit: float = 240) -> object:
     async def main():
         channel = await made.connect()
         try:
@@ -69,7 +72,7 @@ def talk(made, body: Callable, limit: float = 120) -> object:
     return asyncio.run(main())
 
 
-def gone(pid: int, seconds: float = 15) -> bool:
+def gone(pid: int, seconds: float = AT_ONCE) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -175,20 +178,20 @@ def test_a_killed_rank_ends_every_stream_at_once(local_ray, path, victim):
             started = time.monotonic()
             os.kill(pids[victim], signal.SIGKILL)
             ends = await asyncio.gather(*tasks, return_exceptions=True)
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < AT_ONCE / 2  # the replies themselves go on for minutes
             for end in ends:
                 if isinstance(end, tuple):
                     assert end[1].reason is FinishReason.ERROR and end[1].detail
                 else:
                     assert isinstance(end, Unavailable), end
-            assert await asyncio.wait_for(channel.wait_lost(), 5)
+            assert await asyncio.wait_for(channel.wait_lost(), AT_ONCE)
             with pytest.raises(Unavailable):
                 await ask(channel, greedy("later", (1,), 5))
 
-        talk(made, body, limit=30)
+        talk(made, body)
         started = time.monotonic()
         made.close()
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < AT_ONCE  # it waits for nobody who is gone
     assert all(gone(pid) for pid in pids)
 
 
@@ -207,12 +210,13 @@ def test_a_frozen_rank_is_missed(local_ray, path):
             with contextlib.suppress(Unavailable):
                 _, end = await task
                 assert isinstance(end, Finished) and end.reason is FinishReason.ERROR
-            assert time.monotonic() - started < 15
+            assert time.monotonic() - started < AT_ONCE / 2  # the reply itself goes on for minutes
 
         try:
-            talk(made, body, limit=40)
+            talk(made, body)
         finally:
-            os.kill(pids[1], signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pids[1], signal.SIGCONT)
     assert all(gone(pid) for pid in pids)
 
 
@@ -229,22 +233,29 @@ def test_an_engine_that_dies_is_noticed(local_ray, path):
                 await asyncio.sleep(0.01)
             ray.kill(made._engine, no_restart=True)
             with pytest.raises(Unavailable):
-                await asyncio.wait_for(task, 10)
+                await asyncio.wait_for(task, AT_ONCE / 2)
 
-        talk(made, body, limit=30)
+        talk(made, body)
     assert all(gone(pid) for pid in pids)
 
 
+@pytest.fixture
+def no_ray(monkeypatch) -> None:
+    """Ray is neither started nor joined, whether or not this process has one."""
+
+    def start_ray(address: str | None) -> bool:
+        raise AssertionError("Ray is not needed to say so")
+
+    monkeypatch.setattr("runtime.cluster.launch.start_ray", start_ray)
+
+
 @pytest.mark.parametrize("tp", [0, -1, 9])
-def test_a_wrong_tp_is_refused_before_anything_starts(path, tp):
-    """No Ray is needed to say so."""
-    started = time.monotonic()
+def test_a_wrong_tp_is_refused_before_anything_starts(no_ray, path, tp):
     with pytest.raises(InvalidArgument, match=rf"^tp: {tp} .* 1 to 8$"), cluster(path, tp):
         pass
-    assert time.monotonic() - started < 5
 
 
-def test_a_bad_file_is_refused_before_anything_starts(path, tmp_path):
+def test_a_bad_file_is_refused_before_anything_starts(no_ray, path, tmp_path):
     bad = tmp_path / "cut.gguf"
     bad.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(BadModelFile, match=r"cut\.gguf"), cluster(bad, 2):
@@ -261,7 +272,7 @@ def actors() -> list[psutil.Process]:
     return found
 
 
-def none_left(seconds: float = 15) -> bool:
+def none_left(seconds: float = AT_ONCE) -> bool:
     end = time.monotonic() + seconds
     while actors() and time.monotonic() < end:
         time.sleep(0.2)
@@ -271,13 +282,13 @@ def none_left(seconds: float = 15) -> bool:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"max_model_len": 100_000}, "max-model-len"),
+        ({"max_model_len": 2 * LONG}, "max-model-len"),
         ({"block_size": 48}, "block-size"),
         ({"total_blocks": 1 << 40, "max_num_seqs": 1 << 40}, "free"),
     ],
     ids=str,
 )
-def test_settings_that_cannot_be_are_refused_before_anything_starts(path, settings, named):
+def test_settings_that_cannot_be_are_refused_before_anything_starts(no_ray, path, settings, named):
     with pytest.raises(TramontaneError, match=named), cluster(path, 2, **settings):
         pass
 
@@ -297,12 +308,14 @@ def test_what_fails_on_the_way_up_is_one_error_and_leaves_nothing(
 ):
     from runtime.cluster.launch import Cluster
 
-    model, seen = tmp_path / "model.gguf", []
+    model, seen, phase = tmp_path / "model.gguf", [], 0.0
     model.write_bytes(path.read_bytes())
     assert none_left()
 
     def progress(said: str) -> None:
+        nonlocal phase
         seen.append(said)
+        phase = time.monotonic()
         if said == when:
             ranks = [process for process in actors() if "RankActor" in " ".join(process.cmdline())]
             if how == "the file goes":
@@ -310,13 +323,12 @@ def test_what_fails_on_the_way_up_is_one_error_and_leaves_nothing(
             else:
                 ranks[-1].kill()
 
-    started = time.monotonic()
     config = ServeConfig(ModelConfig(str(model)), EngineConfig(), ParallelConfig(tp=2, threads=1))
     with pytest.raises(NotFound if how == "the file goes" else Unavailable) as caught:
         Cluster(config, progress=progress)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     assert when in seen
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - phase < 50  # ranks wait a minute for one that does not come
     assert none_left()
     assert "Traceback" not in capfd.readouterr().err
 
@@ -351,20 +363,24 @@ def test_a_cluster_with_its_own_ray_leaves_no_process(path, tmp_path):
         asyncio.run(main())
         made.close()
         made.close()
-        _, alive = psutil.wait_procs(started, timeout=15)
+        _, alive = psutil.wait_procs(started, timeout=60)
         print(json.dumps({"alive": [p.name() for p in alive], "left": sorted(ours() - before)}))
         """
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(path)],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        cwd=REPOSITORY,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-        },
-    )
+    folder = tempfile.mkdtemp(
+        prefix="tr", dir="/tmp"
+    )  # nobody else's, and short: paths of sockets are limited
+    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(path)],
+            capture_output=True,
+            text=True,
+            timeout=280,
+            cwd=REPOSITORY,
+            env={**os.environ, "TMPDIR": folder, "PYTHONPATH": paths},
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().splitlines()[-1] == '{"alive": [], "left": []}'

@@ -26,14 +26,14 @@ def model(tiny) -> str:
     return str(tiny(context=1024, heads=4, kv_heads=2))
 
 
-def groups() -> int:
+def groups() -> set[str]:
     """Placement groups that have not been removed."""
     from ray.util import placement_group_table
 
-    return sum(entry["state"] != "REMOVED" for entry in placement_group_table().values())
+    return {name for name, entry in placement_group_table().items() if entry["state"] != "REMOVED"}
 
 
-def until(condition, seconds: float = 30) -> None:
+def until(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -60,17 +60,17 @@ def test_from_its_start_to_its_stop(local_ray, model, tmp_path, monkeypatch):
     assert run("services", *ON).out == f"mine  {ready['address']}  tp 2, 1 replica(s)\n"
 
     with Client(ready["address"], resumes=0, tls_ca="ca.crt") as client, pytest.raises(Unauthenticated):
-        client.models(timeout=30)
+        client.models(timeout=120)
     options = {"max_tokens": 300, "ignore_eos": True, "temperature": 0.8, "seed": 3, "logprobs": 0}
     with Client(ready["address"], resumes=0, tls_ca="ca.crt", token="0123456789abcdef") as client:
-        want = client.generate("x", timeout=90, **options)
-        with client.stream_generate("x", timeout=90, **options) as stream:
+        want = client.generate("x", timeout=120, **options)
+        with client.stream_generate("x", timeout=120, **options) as stream:
             next(stream)
             os.kill(int(ready["ranks"][1].rpartition("pid ")[2]), signal.SIGKILL)
             reply = stream.result()
         assert (reply.token_ids, reply.logprobs) == (want.token_ids, want.logprobs)
         # Stopped, it lets a reply finish.
-        with client.stream_generate("x", timeout=90, **options) as stream:
+        with client.stream_generate("x", timeout=120, **options) as stream:
             next(stream)
             replies: list = []
             reader = threading.Thread(target=lambda: replies.append(stream.result()))
@@ -79,8 +79,8 @@ def test_from_its_start_to_its_stop(local_ray, model, tmp_path, monkeypatch):
             reader.join()
     assert (stopped.status, stopped.out) == (0, "tramontane: mine is stopped\n")
     assert replies[0].finish_reason is FinishReason.LENGTH
-    assert none_left() and groups() == before
-    assert services("auto") == {}
+    assert none_left()
+    until(lambda: groups() <= before and services("auto") == {})
     refused(run("stop", "mine", *ON), "service 'mine' not found", "tramontane services")
 
 
@@ -89,12 +89,13 @@ def test_one_that_fails_leaves_nothing(local_ray, model, tmp_path):
     before = groups()
     arguments = ["--port", "0", "--detach", "--name", "other", "--rebuilds", "0", *ON]
     refused(run("serve", model, "--kv-memory", "1", *arguments), "--kv-memory")
-    assert none_left() and groups() == before
+    assert none_left()
+    until(lambda: groups() <= before)
     ready = run("serve", model, *arguments, "--json").json
     os.kill(int(ready["ranks"][0].rpartition("pid ")[2]), signal.SIGKILL)
     until(lambda: services("auto") == {})
     assert none_left() and not actors()
-    until(lambda: groups() == before)
+    until(lambda: groups() <= before)
 
 
 def test_what_cannot_be_detached_is_refused(model):
