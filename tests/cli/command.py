@@ -57,23 +57,27 @@ def environment(**extra: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | extra
 
 
-def spawn(*arguments: str, **options) -> subprocess.Popen:
-    """`tramontane ARGUMENTS` as a process, its streams piped as text."""
+def spawn(*arguments: str, code: tuple[str, ...] = (), **options) -> subprocess.Popen:
+    """`tramontane ARGUMENTS` as a process, its streams piped as text. `code`: Python to run in its place,
+    with words that it is given before the others."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    command = [sys.executable, "-m", "runtime.cli", *arguments]
+    command = [sys.executable, *(["-c", *code] if code else ["-m", "runtime.cli"]), *arguments]
     return subprocess.Popen(command, **({"env": environment()} | options))
 
 
-def finish(process: subprocess.Popen, timeout: float = 120, input: str | None = None) -> Result:
+def finish(process: subprocess.Popen, timeout: float = 240, input: str | None = None) -> Result:
     """Wait for a process to end."""
     out, err = process.communicate(input, timeout=timeout)
     return Result(process.returncode, out or "", err or "")
 
 
 @contextlib.contextmanager
-def serving(model: Path | str, *arguments: str) -> Iterator[tuple[subprocess.Popen, dict]]:
-    """A `tramontane serve --json` process and its ready line; killed at the end if it still runs."""
-    process = spawn("serve", str(model), "--port", "0", "--json", *arguments)
+def serving(
+    model: Path | str, *arguments: str, code: tuple[str, ...] = ()
+) -> Iterator[tuple[subprocess.Popen, dict]]:
+    """A `tramontane serve --json` process and its ready line; killed at the end if it still runs. `code`: as
+    for `spawn`."""
+    process = spawn("serve", str(model), "--port", "0", "--json", *arguments, code=code)
     try:
         line = process.stdout.readline()
         assert line, finish(process).err

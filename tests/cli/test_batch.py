@@ -14,9 +14,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from runtime.commands import batch as batch_command
 from runtime.commands.batch_files import Requests, Results, key
 from runtime.commands.batch_lines import Failure, failure_line, parse, read_line, refusal
 from runtime.errors import InvalidArgument, NotEnough
+from runtime.local import LocalRanks
 from tests.cli.command import finish, refused, run, serving, spawn
 
 CHAT = "/v1/chat/completions"
@@ -140,25 +142,44 @@ def test_failures_stand_in_their_lines(tiny, tmp_path):
     assert again.status == 1 and read(out) == found and f"{len(lines) + 2} done before" in again.out
 
 
+# The command line, but it kills itself, with all that runs, where it is to write its twentieth line: before,
+# amid or after that. Whoever watched the file from outside could come when all is done.
+KILLED = """
+import os, signal, sys
+from runtime.cli import main
+where, plain, lines = sys.argv.pop(1), os.pwrite, 0
+
+def pwrite(descriptor, data, at):
+    global lines
+    data = bytes(data)
+    lines += data.count(b"\\n")
+    if lines >= 20 and where != "before":
+        last = data[:-1].rfind(b"\\n") + 1
+        plain(descriptor, data[: (last + len(data)) // 2] if where == "amid" else data, at)
+    if lines >= 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(descriptor, data, at)
+
+os.pwrite = pwrite
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_killed_three_times(tiny, tmp_path):
     """No request is lost, none done twice, and replies are those of a batch that ran through."""
     lines = [plain(i, max_tokens=24 + i % 5, ignore_eos=True, temperature=0.8) for i in range(300)]
     requests, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    seen = 0
-    for _ in range(3):
-        process = spawn(
-            "batch", str(requests), str(out), "--model", str(tiny), "--local", "--concurrency", "8"
-        )
-        until = time.monotonic() + 60
-        while not out.exists() or out.read_bytes().count(b"\n") < seen + 20:
-            assert process.poll() is None and time.monotonic() < until, finish(process)
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        seen = out.read_bytes().count(b"\n")
-    assert seen < 300
-    with out.open("ab") as file:  # what a torn write leaves, if none of the three did
+    seen, torn = 0, 0
+    for where in ("after", "amid", "before"):
+        options = ["--model", str(tiny), "--local", "--concurrency", "8"]
+        killed = finish(spawn("batch", str(requests), str(out), *options, code=(KILLED, where)))
+        assert killed.status == -signal.SIGKILL, killed
+        before, seen = seen, out.read_bytes().count(b"\n")
+        torn += not out.read_bytes().endswith(b"\n")
+        assert before + 19 - 8 < seen < before + 20 + 8  # up to eight are written at once
+    assert torn == 1 and seen < 300
+    with out.open("ab") as file:  # what a torn write may leave of a line, too little to tell whose it was
         file.write(b'{"custom_id": "r29')
     value = batch(tiny, requests, out, "--json").json
     assert value.items() >= {"requests": 300, "done": 300, "failed": 0, "before": seen}.items()
@@ -170,11 +191,14 @@ def test_killed_three_times(tiny, tmp_path):
 
 
 def when_it_has(path: Path, lines: int, act) -> threading.Thread:
-    """Calls `act` as soon as a file has that many lines."""
+    """Calls `act` as soon as a file has that many lines; not where they never come, since a signal to a batch
+    that is no more would end pytest."""
 
     def watch() -> None:
-        until = time.monotonic() + 60
-        while time.monotonic() < until and not (path.exists() and path.read_bytes().count(b"\n") >= lines):
+        until = time.monotonic() + 120
+        while not (path.exists() and path.read_bytes().count(b"\n") >= lines):
+            if time.monotonic() > until:
+                return
             time.sleep(0.002)
         act()
 
@@ -196,22 +220,39 @@ def test_a_signal_lets_running_requests_finish(tiny, tmp_path, number, status):
     assert all(line["usage"]["completion_tokens"] == 50 for line in found.values())
 
 
-def test_a_second_signal_drops_them(tiny, tmp_path):
+def test_a_second_signal_drops_them(tiny, tmp_path, monkeypatch):
     lines = [plain(i, max_tokens=240 if i else 1, ignore_eos=True) for i in range(500)]
     requests, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    submit, steps = LocalRanks.submit, iter(range(20))
+
+    def stuck(ranks: LocalRanks, plan) -> None:
+        """After some steps no more are taken: the first reply of one token has come, and of the others none
+        can be whole, however late the signals come."""
+        if next(steps, None) is not None:
+            submit(ranks, plan)
+
+    monkeypatch.setattr(LocalRanks, "submit", stuck)
+    made, init = [], batch_command._Run.__init__
+
+    def kept(one: batch_command._Run, *arguments) -> None:
+        init(one, *arguments)
+        made.append(one)
+
+    monkeypatch.setattr(batch_command._Run, "__init__", kept)
 
     def twice() -> None:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        until = time.monotonic() + 60
+        while not made[0]._stopping and time.monotonic() < until:  # else two signals may arrive as one
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     thread = when_it_has(out, 1, twice)
     result = batch(tiny, requests, out, "--concurrency", "64", "--json")
     thread.join()
     assert result.status == 143
-    assert (
-        len(read(out)) == json.loads(result.out)["done"] < 64
-    )  # what ran has no line, and none is half there
+    # What ran has no line, and none is half there.
+    assert list(read(out)) == ["r0"] and json.loads(result.out)["done"] == 1
 
 
 def test_through_running_servers(tiny, server, tmp_path):
