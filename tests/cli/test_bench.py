@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
+
 import pytest
 
-from runtime.commands.bench import Trace, _decode_rate, _reply_rate, _summary
+from runtime.commands import bench
+from runtime.commands.bench import Trace, Workload, _decode_rate, _reply_rate, _summary
 from tests.cli.command import refused, run
 
 
@@ -37,6 +41,36 @@ def test_streams_together_decode_between_the_last_first_token_and_the_first_last
     assert _decode_rate(run) == pytest.approx(4 / 2.0)  # both have tokens at 3 and at 4
     assert _reply_rate(run) == pytest.approx(8 / 5.0)
     assert "prefill_tokens_per_s" not in _summary([run], prompt_tokens=1)
+
+
+def test_what_is_measured_is_when_tokens_come(monkeypatch):
+    """By a clock that goes on while tokens are waited for, and else stands still."""
+    now = 100.0
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    async def ask(prompt: list[int], count: int):
+        nonlocal now
+        assert len(prompt) == 8 and count == 5
+        for seconds, tokens in ((0.5, 1), (0.1, 1), (0.3, 2), (0.1, 1)):
+            await asyncio.sleep(0)  # another stream's turn
+            now += seconds
+            yield tokens
+
+    model = SimpleNamespace(context_length=64, vocab_size=9, model="m", tp=1, numerics="n")
+    one, two = asyncio.run(bench._bench(ask, Workload(2, 8, 5, 3), model))["runs"]
+    assert one == pytest.approx(
+        {
+            "streams": 1, "time_to_first_token_s": 0.5, "inter_token_s": 0.1, "decode_tokens_per_s": 4 / 0.5,
+            "reply_tokens_per_s": 5 / 1.0, "prefill_tokens_per_s": 8 / 0.5,
+        }
+    )  # fmt: skip
+    # Each waits for the other's tokens too: they come at 0.5 and 1, 1.1 and 1.2, 1.5 and 1.8, 1.9 and 2.
+    assert two == pytest.approx(
+        {
+            "streams": 2, "time_to_first_token_s": 0.75, "inter_token_s": 0.3,
+            "decode_tokens_per_s": 7 / 0.9, "reply_tokens_per_s": 10 / 2.0,
+        }
+    )  # fmt: skip
 
 
 def test_streams_that_never_decode_together_have_no_rate():

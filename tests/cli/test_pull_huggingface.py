@@ -116,6 +116,8 @@ def pull(hub, tmp_path):
             "TRAMONTANE_CACHE": str(tmp_path / "cache"),
         }
         settings |= {"HF_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1"}
+        # Its library waits ten seconds for an answer; this process may be held up for longer.
+        settings |= {"HF_HUB_ETAG_TIMEOUT": "100", "HF_HUB_DOWNLOAD_TIMEOUT": "100"}
         return finish(spawn("pull", source, "--json", env=environment(**(settings | extra))))
 
     return pull

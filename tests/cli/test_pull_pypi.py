@@ -145,7 +145,7 @@ def test_a_second_pull_waits_for_the_first(shop, tmp_path):
         second.join(1.0)
         assert second.is_alive() and not found
         assert kept(tmp_path) == []
-    second.join(60)
+    second.join(240)
     assert found[0].read_bytes() == MODEL
 
 
