@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -65,7 +66,7 @@ def ray_head(repository: Path, cpus: int = 2) -> Iterator[Head]:
             command, env=variables, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        wait_until(lambda: STARTED in log.read_text() or process.poll() is not None, 60)
+        wait_until(lambda: STARTED in log.read_text() or process.poll() is not None, 120)
         assert process.poll() is None, log.read_text()
         yield Head(f"127.0.0.1:{port}", folder, variables)
     finally:
@@ -73,7 +74,7 @@ def ray_head(repository: Path, cpus: int = 2) -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def stop(process: subprocess.Popen, seconds: float = 40) -> int:
+def stop(process: subprocess.Popen, seconds: float = 90) -> int:
     """SIGTERM, and SIGKILL to its session where that does not help."""
     if process.poll() is None:
         process.terminate()
@@ -93,12 +94,18 @@ def wait_until(condition, seconds: float) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports that were free a moment ago, and that nobody is given who asks for any: Ray does so dozens of
+    times before it binds these. Its workers' own lie from 10002 to 19999."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    choice = range(20_000, lowest) if lowest > 22_000 else range(7_000, 10_000)
+    found: list[int] = []
+    for port in random.SystemRandom().sample(choice, len(choice)):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("no ports are free")
 
 
 def environment(folder: Path, repository: Path) -> dict[str, str]:

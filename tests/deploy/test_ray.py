@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 
 import grpc
 import psutil
@@ -27,7 +29,9 @@ from tramontane.errors import Unavailable
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 PROMPT = "In an age"
-LONG = 2000  # tokens: longer than the 3 s that Ray by itself gives a job to stop in
+ENDLESS = 60_000  # tokens, and the least that they take is half a minute
+KV = ["--kv-memory", "64MiB"]  # a rank, which is room for two such replies
+SOME = 500  # tokens of a reply that ends within the 30 s that a server has for it
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +42,22 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def model(tiny) -> str:
-    return str(tiny(context=4096, heads=4, kv_heads=2))
+    return str(tiny(context=ENDLESS + 64, heads=4, kv_heads=2))
 
 
 @pytest.fixture(scope="module")
 def expected(model) -> str:
-    return run("generate", model, "--prompt", PROMPT, "--max-tokens", "20", "--local", "--json").json["text"]
+    return run("generate", model, "--prompt", PROMPT, "--max-tokens", "20", "--local", "--json", *KV).json[
+        "text"
+    ]
 
 
 @pytest.fixture(scope="module")
 def short_jobs(head, model) -> Iterator[dict[str, Future]]:
-    """Jobs that end by themselves, submitted at once: what takes their time is Ray's, and mostly waiting."""
-    generate = [str(DEPLOY / "ray/generate.sh"), model, PROMPT, "--max-tokens", "20", "--tp", "2", "--json"]
+    """Jobs that end by themselves, submitted at once: what takes their time is Ray's, and mostly waiting. A
+    test with them waits for both: the next one may look for actors that are left."""
+    options = ["--max-tokens", "20", "--tp", "2", "--json", *KV]
+    generate = [str(DEPLOY / "ray/generate.sh"), model, PROMPT, *options]
     wrong = [str(DEPLOY / "ray/serve.sh"), "wrong", model, "--tp", "9"]
     with ThreadPoolExecutor() as pool:
         yield {
@@ -66,39 +74,49 @@ def ask(port: int, **options) -> str:
 def ready(port: int) -> int:
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         request = health_pb2.HealthCheckRequest(service=SERVICE)
-        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status
+        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=60).status
+
+
+def nothing_left(head: Head) -> None:
+    wait_until(lambda: not head.processes("ray::RankActor", "ray::EngineActor"), 60)
 
 
 def test_a_service_as_a_ray_job(head, short_jobs, model, expected):
     (port,) = free_ports(1)
     served = head.run(
-        str(DEPLOY / "ray/serve.sh"), "service", model, "--tp", "2", "--port", str(port), timeout=150
+        str(DEPLOY / "ray/serve.sh"), "service", model, "--tp", "2", "--port", str(port), *KV, timeout=150
     )
     assert served.returncode == 0, served.stderr
     assert f"on 127.0.0.1:{port} (tp 2" in served.stdout
     assert ready(port) == health_pb2.HealthCheckResponse.SERVING
     assert ask(port) == expected
 
-    # Stopping it lets a reply finish that takes longer than Ray itself would wait.
-    with Client(f"127.0.0.1:{port}") as client:
-        options = {"max_tokens": LONG, "temperature": 0.0, "ignore_eos": True}
-        with client.stream_generate(PROMPT, timeout=120, **options) as stream:
-            next(iter(stream))
-            stopper = threading.Thread(target=head.ray, args=("job", "stop", "service"))
+    # Stopping it lets replies go on for longer than Ray itself would wait, and finish. On a slow machine one
+    # that takes so long for certain would not end in time, so here one goes on and the other ends.
+    with Client(f"127.0.0.1:{port}", resumes=0) as client:
+        options = {"temperature": 1.0, "seed": 1, "ignore_eos": True, "timeout": 120}
+        with (
+            client.stream_generate(PROMPT, max_tokens=ENDLESS, **options) as endless,
+            client.stream_generate(PROMPT, max_tokens=SOME, **options) as some,
+        ):
+            next(endless), next(some)
+            stopper = threading.Thread(target=partial(head.ray, "job", "stop", "service", timeout=200))
             stopper.start()
-            begun = time.monotonic()
-            for _ in stream:
-                pass
-            assert time.monotonic() - begun > 4, "too short a reply to tell"
-            assert stream.result().finish_reason is FinishReason.LENGTH
-            assert stream.result().usage.completion_tokens == LONG
+            wait_until(lambda: ready(port) == health_pb2.HealthCheckResponse.NOT_SERVING, 60)
+            time.sleep(4)  # Ray by itself gives a job 3 s
+            assert ready(port) == health_pb2.HealthCheckResponse.NOT_SERVING
+            next(endless)
+            assert some.result().finish_reason is FinishReason.LENGTH
+            assert some.result().usage.completion_tokens == SOME
         stopper.join(60)
+        assert not stopper.is_alive()
     assert "was stopped" in (out := head.ray("job", "status", "service")).stdout + out.stderr
-    short_jobs["generate"].result()  # its actors are others'
-    wait_until(lambda: not head.processes("ray::RankActor", "ray::EngineActor"), 30)
+    wait([*short_jobs.values()])  # the actors of one are others'
+    nothing_left(head)
 
 
 def test_a_reply_as_a_ray_job(short_jobs, expected):
+    wait([*short_jobs.values()])
     done = short_jobs["generate"].result()
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
@@ -106,6 +124,7 @@ def test_a_reply_as_a_ray_job(short_jobs, expected):
 
 
 def test_a_job_that_fails_says_so(short_jobs):
+    wait([*short_jobs.values()])
     done = short_jobs["wrong"].result()
     assert done.returncode == 1 and done.stdout == ""
     assert "error: tp: " in done.stderr
@@ -115,7 +134,7 @@ def test_a_job_that_fails_says_so(short_jobs):
 def test_a_gateway_joins_serves_and_leaves(head, model, expected):
     """What the container of the gateway's Deployment runs."""
     (port,) = free_ports(1)
-    arguments = [model, "--tp", "2", "--port", str(port), "--json"]
+    arguments = [model, "--tp", "2", "--port", str(port), "--json", *KV]
     before = {process.pid for process in head.processes("raylet/raylet")}
     process = subprocess.Popen(
         [str(DEPLOY / "docker/node.sh"), "gateway", head.address, *arguments],
@@ -136,31 +155,34 @@ def test_a_gateway_joins_serves_and_leaves(head, model, expected):
     finally:
         status = stop(process)
     assert status == 0, (head.folder / "gateway.log").read_text()
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in raylets - before), 30)
-    assert not head.processes("ray::RankActor", "ray::EngineActor")
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in raylets - before), 60)
+    nothing_left(head)
 
 
 def test_a_node_with_another_token_is_told_so(head):
     environment = head.environment | {"RAY_AUTH_TOKEN": "f" * 64}
     command = [str(DEPLOY / "docker/node.sh"), "worker", head.address]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1
-    assert (
-        done.stderr == f"error: the Ray head at {head.address} refuses the token here: see RAY_AUTH_TOKEN\n"
+    *said, last = done.stderr.splitlines()
+    assert last == f"error: the Ray head at {head.address} refuses the token here: see RAY_AUTH_TOKEN"
+    # Where Ray's own command takes more than its 15 s, it is asked again, and that is said.
+    assert all(
+        line.startswith(f"tramontane-node: waiting for the Ray head at {head.address}") for line in said
     )
 
 
 @pytest.mark.parametrize("arguments", [[], ["worker"], ["boss", "host:1"], ["worker", "host:1", "--tp"]])
 def test_a_wrong_command_line_of_the_node(arguments):
     done = subprocess.run(
-        [str(DEPLOY / "docker/node.sh"), *arguments], capture_output=True, text=True, timeout=10, check=False
+        [str(DEPLOY / "docker/node.sh"), *arguments], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: give one of: gateway HEAD:PORT") and done.stderr.count("\n") == 1
 
 
 def test_two_nodes_hold_a_stage_each_until_one_is_lost(head, model, expected):
-    """The reply is that of one rank; when the second node dies, all ends within 6 s, nothing left."""
+    """The reply is that of one rank; when the second node dies, all ends at once, nothing left."""
     log = head.folder / "node.log"
     command = ["ray", "start", "--block", "--address", head.address, "--num-cpus", "1"]
     with log.open("w") as out:
@@ -173,9 +195,9 @@ def test_two_nodes_hold_a_stage_each_until_one_is_lost(head, model, expected):
         )
     server = None
     try:
-        wait_until(lambda: STARTED in log.read_text() or node.poll() is not None, 60)
+        wait_until(lambda: STARTED in log.read_text() or node.poll() is not None, 120)
         assert node.poll() is None, log.read_text()
-        options = ["--pp", "2", "--rebuilds", "0", "--device", "cpu", "--port", "0", "--json"]
+        options = ["--pp", "2", "--rebuilds", "0", "--device", "cpu", "--port", "0", "--json", *KV]
         server = subprocess.Popen(
             ["tramontane", "serve", model, "--ray-address", head.address, *options],
             env=head.environment,
@@ -193,8 +215,8 @@ def test_two_nodes_hold_a_stage_each_until_one_is_lost(head, model, expected):
         assert sum(pid in there for pid in pids) == 1, "the stages are not spread over the nodes"
         assert ask(served["port"]) == expected
         with Client(f"127.0.0.1:{served['port']}", resumes=0) as client:
-            options = {"max_tokens": LONG, "temperature": 0.0, "ignore_eos": True}
-            with client.stream_generate(PROMPT, timeout=60, **options) as stream:
+            options = {"max_tokens": ENDLESS, "temperature": 1.0, "seed": 1, "ignore_eos": True}
+            with client.stream_generate(PROMPT, timeout=120, **options) as stream:
                 next(iter(stream))
                 for process in [*there.values(), psutil.Process(node.pid)]:
                     with contextlib.suppress(psutil.NoSuchProcess):
@@ -203,10 +225,14 @@ def test_two_nodes_hold_a_stage_each_until_one_is_lost(head, model, expected):
                 with pytest.raises(Unavailable):
                     for _ in stream:
                         pass
-        assert server.wait(30) == 1
-        assert time.monotonic() - begun < 6
-        assert "is lost" in (said := (head.folder / "serve.log").read_text()), said
-        wait_until(lambda: not head.processes("ray::RankActor", "ray::EngineActor"), 15)
+        assert server.wait(60) == 1
+        # Whoever did not watch the connections would know by Ray alone, which takes a silent node for dead
+        # after a minute; some 4 s are usual.
+        assert time.monotonic() - begun < 30
+        said = (head.folder / "serve.log").read_text()
+        assert re.search(r"error: (rank \d is lost: |the engine is gone: )", said), said
+        assert "nothing was heard" not in said, "a connection that ends says so itself"
+        nothing_left(head)
     finally:
         for process in (server, node):
             if process is not None:
