@@ -49,11 +49,11 @@ class Stream:
                     continue
                 return chunk
             if self._cancelled.is_set():
-                raise failure
+                raise _after_cancel(failure)
             if self._gathered.whole and isinstance(failure, Unavailable):
                 raise StopIteration  # it broke before its status, which says nothing more
             if self._cancelled.wait(self._retry.wait(failure)):
-                raise Cancelled("the call was cancelled", grpc.StatusCode.CANCELLED)
+                raise _cancelled()
             self._call = self._method(self._gathered.request(), timeout=self._retry.remaining())
             if self._cancelled.is_set():  # while the call was made
                 self._call.cancel()
@@ -117,7 +117,7 @@ class AsyncStream:
                 # grpcio raises this both where the awaiting task was cancelled and where the call was.
                 if not self._cancelled.is_set():
                     raise
-                raise Cancelled("the call was cancelled", grpc.StatusCode.CANCELLED) from None
+                raise _cancelled() from None
             else:
                 if message is grpc.aio.EOF:
                     raise StopAsyncIteration
@@ -128,13 +128,13 @@ class AsyncStream:
                     continue
                 return chunk
             if self._cancelled.is_set():
-                raise failure
+                raise _after_cancel(failure)
             if self._gathered.whole and isinstance(failure, Unavailable):
                 raise StopAsyncIteration  # it broke before its status, which says nothing more
             wait = self._retry.wait(failure)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._cancelled.wait(), wait)
-                raise Cancelled("the call was cancelled", grpc.StatusCode.CANCELLED)
+                raise _cancelled()
             self._call = self._method(self._gathered.request(), timeout=self._retry.remaining())
 
     async def __aenter__(self) -> AsyncStream:
@@ -163,6 +163,16 @@ class AsyncStream:
         """As Stream.cancel."""
         self._cancelled.set()
         self._call.cancel()
+
+
+def _cancelled() -> Cancelled:
+    return Cancelled("the call was cancelled", grpc.StatusCode.CANCELLED)
+
+
+def _after_cancel(failure: Error) -> Error:
+    """What is told of a call that its user has cancelled. One that broke just before would have been made
+    again but for that; any other failure came first, and stands."""
+    return _cancelled() if isinstance(failure, Unavailable) else failure
 
 
 def _whole(reply: Reply | None) -> Reply:

@@ -18,6 +18,7 @@ _MERGED_AT_ONCE = 512  # what waits is kept in pieces of this weight: a piece a 
 # Seconds that a reader has, since it had everything last, to make room before it counts as too slow: what
 # came all at once, after the event loop was held up, says nothing of the reader.
 _GRACE = 0.5
+_TURN = 0.05  # seconds of it that one wait takes at most: a loop that stands still gives nobody a turn
 _STALLED = 30.0  # seconds in which a reader that is waited for takes one piece: what it keeps, others lack
 
 
@@ -71,11 +72,12 @@ class Backlog:
         """Return when there is room for a piece, or the reader has had its time to make some."""
         loop = asyncio.get_running_loop()
         while self._grace > 0 and not self._closed and not self._fits(piece):
+            turn = min(_TURN, self._grace)
             started = loop.time()
             self._taken.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._taken.wait(), self._grace)
-            self._grace -= loop.time() - started
+                await asyncio.wait_for(self._taken.wait(), turn)
+            self._grace -= min(turn, loop.time() - started)
 
     def close(self, error: BaseException | None = None) -> None:
         """No more pieces will come. The consumer first gets what waits, then `error` if there is one. Only

@@ -15,6 +15,9 @@ DOMAIN = "tramontane"
 # Statuses travel in HTTP/2 headers, of which clients take 8 KiB by default; texts of users appear in
 # them thrice: as the message, where a byte beyond ASCII is written as three, and twice in base64.
 _LONGEST_TEXT = 600  # bytes of UTF-8
+# A call's deadline passes at its client first: it travels as the time that is left, rounded up, and counts
+# from its arrival here. So a call that a deadline ended may have this many seconds yet.
+_ABOUT_NOW = 0.05
 
 
 class SlowReader(TramontaneError):
@@ -52,7 +55,8 @@ def ended_by(error: BaseException, context: grpc.aio.ServicerContext) -> grpc.St
         return of(error)[0]
     gone = (grpc.RpcError, grpc.aio.AbortError, asyncio.CancelledError)
     if isinstance(error, gone) or not isinstance(error, Exception) or context.done():
-        late = context.time_remaining() == 0
+        left = context.time_remaining()
+        late = left is not None and left < _ABOUT_NOW
         return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
     return grpc.StatusCode.INTERNAL
 

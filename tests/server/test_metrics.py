@@ -118,6 +118,23 @@ def test_a_cancelled_reply():
     assert seen("tramontane_completion_tokens_total") == 2
 
 
+@pytest.mark.parametrize(
+    "left, code",
+    [(None, "CANCELLED"), (60.0, "CANCELLED"), (0.002, "DEADLINE_EXCEEDED"), (0.0, "DEADLINE_EXCEEDED")],
+)
+def test_who_ended_a_call_is_seen_by_the_time_it_had(left, code):
+    """At its client a deadline passes a moment earlier than at the server."""
+
+    class Context:
+        def done(self):
+            return True
+
+        def time_remaining(self):
+            return left
+
+    assert ended_by(asyncio.CancelledError(), Context()) is grpc.StatusCode[code]
+
+
 class Late:
     """The context of a call whose time is up. A client's own clock may end a call a moment before the
     server's would, so no call that is made with a timeout is sure to look so."""

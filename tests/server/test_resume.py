@@ -23,6 +23,7 @@ from tests.server.test_streams import until
 from tests.support import REPOSITORY
 from tramontane import AsyncClient, Client
 from tramontane.retry import Retry
+from tramontane.streams import Stream
 
 NUMBERS = itertools.count()  # no two requests of an engine have one name
 
@@ -291,6 +292,34 @@ def test_leaving_ends_the_waiting_too():
             assert len(engine.requests) == 3 and engine.running == 0
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize("code, told", [("UNAVAILABLE", "Cancelled"), ("INTERNAL", "Error")])
+def test_a_call_that_breaks_as_it_is_cancelled(code, told):
+    """It would have been made again: that it is not is the user's doing. Another failure stands."""
+
+    class Broken(grpc.RpcError, grpc.Call):
+        def code(self):
+            return grpc.StatusCode[code]
+
+        def details(self):
+            return "gone"
+
+        trailing_metadata = initial_metadata = lambda self: ()
+        is_active = time_remaining = cancel = add_callback = lambda self, *_: None
+
+    class Call:
+        def __next__(self):
+            stream.cancel()
+            raise Broken
+
+        def cancel(self):
+            pass
+
+    stream = Stream(lambda request, timeout: Call(), ask(), None, 8)
+    with pytest.raises(tramontane.Error) as raised:
+        next(stream)
+    assert type(raised.value).__name__ == told
 
 
 UNAVAILABLE = tramontane.Unavailable("gone", grpc.StatusCode.UNAVAILABLE)

@@ -215,6 +215,29 @@ def test_a_burst_does_not_make_a_reader_too_slow(monkeypatch):
     assert sum(message.HasField("finish") for message in messages) == 4
 
 
+def test_time_in_which_the_loop_stands_still_is_not_the_readers():
+    async def go():
+        backlog = Backlog(limit=2)
+        for token in (1, 2):
+            backlog.put(Piece("a", (token,)))
+
+        async def read():  # wants a few turns before it takes anything, as gRPC does
+            for _ in range(20):
+                await asyncio.sleep(0)
+            return await backlog.take()
+
+        loop = asyncio.get_running_loop()
+        waiting = loop.create_task(backlog.room(Piece("b", (3,))))
+        await asyncio.sleep(0)
+        time.sleep(2 * backlogs._GRACE)
+        reading = loop.create_task(read())
+        await waiting
+        backlog.put(Piece("b", (3,)))
+        assert (await reading).token_ids == (1, 2)
+
+    asyncio.run(go())
+
+
 def test_a_backlog_that_was_closed_takes_no_more():
     async def go():
         backlog = Backlog(limit=100)
