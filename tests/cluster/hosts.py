@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cluster.standstill import START, STEPS
 from tests.deploy.cluster import STARTED, environment, wait_until
 from tests.support import REPOSITORY
 
@@ -64,6 +65,28 @@ class Host:
                     found.append(process)
         return found
 
+    @contextlib.contextmanager
+    def starts_held(self) -> Iterator[None]:
+        """Ranks that start here do not come to be ready."""
+        with self._standstill(START, ""):
+            yield
+
+    @contextlib.contextmanager
+    def steps_held(self, after: int) -> Iterator[None]:
+        """Ranks of stages here take so many more steps and then stand still, but for their heartbeats."""
+        with self._standstill(STEPS, str(after)):
+            yield
+
+    @contextlib.contextmanager
+    def _standstill(self, name: str, text: str) -> Iterator[None]:
+        written = self.folder / f"{name}.new"
+        written.write_text(text)
+        written.rename(self.folder / name)  # never seen half written
+        try:
+            yield
+        finally:
+            (self.folder / name).unlink()
+
     def power_off(self) -> None:
         """Every process here ends at once, none having been asked."""
         for process in self.processes():
@@ -101,6 +124,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             own.mkdir()
             packages = own / "packages"
             packages.mkdir()
+            text = "import tests.cluster.standstill\n\ntests.cluster.standstill.install()\n"
+            (packages / "sitecustomize.py").write_text(text)
             front = f"{net}.2" if index == 0 else "203.0.113.1"
             variables = environment(own, REPOSITORY) | {"TMPDIR": str(own), "NO_PROXY": "*"}
             variables["PYTHONPATH"] = os.pathsep.join([str(packages), variables["PYTHONPATH"]])
@@ -130,7 +155,7 @@ def raylet(host: Host, head: Host, cpus: int = 1, env: dict[str, str] | None = N
             env=env, stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
-        wait_until(lambda: STARTED in log.read_text() or process.poll() is not None, 60)
+        wait_until(lambda: STARTED in log.read_text() or process.poll() is not None, 150)
         assert process.poll() is None, log.read_text()
         yield
     finally:
@@ -138,8 +163,9 @@ def raylet(host: Host, head: Host, cpus: int = 1, env: dict[str, str] | None = N
         process.wait()
 
 
-def nothing_left(*hosts: Host, seconds: float = 6.0) -> float:
-    """Wait until no process and no file of ours is left on the hosts; the seconds it took."""
+def nothing_left(*hosts: Host, seconds: float = 40.0) -> float:
+    """Wait until no process and no file of ours is left on the hosts; the seconds it took. Those that do not
+    leave by themselves Ray ends after a minute."""
     begun = time.monotonic()
 
     def left() -> list[str]:

@@ -42,7 +42,7 @@ def main() -> None:
             held = placement_group(
                 [{"CPU": cpus, f"node:{node}": 0.001} for node, cpus in wanted.items()] or [{"CPU": 0.001}]
             )
-            assert held.wait(30), "there are not so many CPUs"
+            assert held.wait(120), "there are not so many CPUs"
         groups = [each for each in placement_group_table().values() if each["state"] != "REMOVED"]
         found = {
             "nodes": sum(node["Alive"] for node in ray.nodes()),

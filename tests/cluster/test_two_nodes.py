@@ -1,14 +1,15 @@
 """Stages on two hosts: a stream, the loss of a node by power and by cable, its return, a batch, a bad start.
 
 The hosts are network namespaces (hosts.py); where those are not allowed, all of it is skipped, and
-tests/deploy/test_ray.py has two nodes on one host. A loss is to be an end to everything within 6 s.
+tests/deploy/test_ray.py has two nodes on one host. A loss is to be an end to everything within 6 s, which is
+printed; what is asserted leaves room for a machine that stands still, and tells it from the minute that Ray
+takes and the quarter of an hour that the kernel does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -31,12 +32,13 @@ from tests.support import fixture_path
 from tramontane import Client
 from tramontane.errors import Unavailable
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
 PROMPT = (1, 70, 71, 200, 3, 70)
 SAMPLING = {"temperature": 0.9, "seed": 7, "ignore_eos": True}
 SHORT, LONG = 24, 1200
-ENDS_WITHIN = 6.0
+ENDS_WITHIN = 40.0
+AT_ONCE = 120.0  # seconds for whatever is not about time
 # Ray by itself takes a node that is silent for dead after a minute; the head decides.
 NOTICE = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -65,7 +67,9 @@ class Pair:
             self._node.close()  # it powers off
             self.two.cable("up")
             self._node.enter_context(raylet(self.two, self.one))
-        wait_until(lambda: self.observer.look()["nodes"] == 2, 30)  # what was there before has been missed
+        wait_until(
+            lambda: self.observer.look()["nodes"] == 2, AT_ONCE
+        )  # what was there before has been missed
 
     def command(self, *arguments: str) -> subprocess.Popen:
         """`tramontane ARGUMENTS` on the first host."""
@@ -111,7 +115,7 @@ class Stream:
             with (
                 Client(self.ready["address"], resumes=0) as client,
                 client.stream_generate(
-                    PROMPT, max_tokens=self.tokens, logprobs=1, timeout=150, **SAMPLING
+                    PROMPT, max_tokens=self.tokens, logprobs=1, timeout=600, **SAMPLING
                 ) as stream,
             ):
                 next(stream)
@@ -137,7 +141,7 @@ def pair() -> Iterator[Pair]:
             "python", "-m", "tests.cluster.observer", address,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        stack.callback(watching.wait, 20)
+        stack.callback(watching.wait, AT_ONCE)
         stack.callback(watching.kill)
         made = Pair(one, two, Observer(watching))
         stack.push(made._node)
@@ -183,12 +187,7 @@ def fails(result: Result, *fragments: str) -> None:
 def all_given_back(pair: Pair) -> None:
     """No actor, no file, no placement."""
     nothing_left(pair.one, pair.two)
-    wait_until(lambda: pair.observer.look()["groups"] == 0, 15)
-
-
-def slack(seconds: float) -> float:
-    """For processes to end in, where more of them want to run than there are cores."""
-    return seconds * (2 if os.getloadavg()[0] > (os.cpu_count() or 1) else 1)
+    wait_until(lambda: pair.observer.look()["groups"] == 0, AT_ONCE)
 
 
 def test_a_stream_waits_for_its_node_and_goes_on(pair, model, want):
@@ -200,26 +199,28 @@ def test_a_stream_waits_for_its_node_and_goes_on(pair, model, want):
         threading.Thread(target=lambda: log.extend(process.stderr), daemon=True).start()
         # What a host says of itself is where the other one reaches it, not its first interface.
         assert hosts_of(ready) == [pair.two.address, pair.one.address]
-        stream = Stream(ready)
-        stream.begun.wait(30)
-        pair.two.power_off()
+        with pair.two.steps_held(after=40):
+            stream = Stream(ready)
+            assert stream.begun.wait(AT_ONCE)
+            pair.two.power_off()
         lost = time.monotonic()
         assert stream.reply is None and stream.error is None
         wait_until(lambda: any("replica 0 is lost" in line for line in log), ENDS_WITHIN)
         report("a node without power is missed", lost)
         lacking = "waiting for Ray: needs a share of 0.003 CPUs: 0.001 free in 1 node"
-        wait_until(lambda: any(lacking in line for line in log), 40)
+        wait_until(lambda: any(lacking in line for line in log), AT_ONCE)
         report("what is missing is said", lost)
         pair.join()
         back = time.monotonic()
         report("the node is back", lost)
-        stream.wait(90)
+        stream.wait(2 * AT_ONCE)
         report("the stream has ended", lost)
         report("... after the node was back", back)
         assert stream.same(want), "the reply is not that of one rank"
+        wait_until(lambda: any("serves again" in line for line in log), AT_ONCE)
         assert sum("serves again" in line for line in log) == 1, log
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(AT_ONCE) == 0
     pair.observer.look({})
     all_given_back(pair)
 
@@ -251,7 +252,7 @@ def test_nodes_of_two_versions_are_named(pair, model):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ray\nVersion: 0.1\n")
     try:
         process = pair.command("serve", str(model), "--pp", "2", "--port", "0", *pair.ray)
-        fails(finish(process, 60), "ray is ", f"0.1 on {pair.two.address}", "install the same versions")
+        fails(finish(process), "ray is ", f"0.1 on {pair.two.address}", "install the same versions")
     finally:
         shutil.rmtree(info)
     all_given_back(pair)
@@ -259,10 +260,11 @@ def test_nodes_of_two_versions_are_named(pair, model):
 
 def test_a_node_that_leaves_on_the_way_up_is_said_in_one_line(pair, model):
     pair.join()
-    process = pair.command("serve", str(model), "--pp", "2", "--port", "0", *pair.ray)
-    wait_until(lambda: pair.two.processes("ray::RankActor"), 60)
-    pair.two.power_off()
-    fails(finish(process, 60), "node left", "`ray status` shows the nodes, then start again")
+    with pair.two.starts_held():
+        process = pair.command("serve", str(model), "--pp", "2", "--port", "0", *pair.ray)
+        wait_until(lambda: pair.two.processes("ray::RankActor"), AT_ONCE)
+        pair.two.power_off()
+    fails(finish(process), "node left", "`ray status` shows the nodes, then start again")
     all_given_back(pair)
 
 
@@ -273,23 +275,24 @@ def test_the_last_node_cut_off_ends_everything_on_both_sides(pair, model, want):
     with pair.serving(model, "--pp", "2", "--tp", "2", "--rebuilds", "0") as (process, ready):
         assert hosts_of(ready) == [pair.one.address] * 2 + [pair.two.address] * 2
         short = Stream(ready, SHORT)
-        short.wait(60)
+        short.wait(AT_ONCE)
         assert short.same(want)
 
-        stream = Stream(ready)
-        stream.begun.wait(30)
-        assert stream.reply is None and stream.error is None
-        pair.two.cable("down")
+        with pair.two.steps_held(after=40):
+            stream = Stream(ready)
+            assert stream.begun.wait(AT_ONCE)
+            assert stream.reply is None and stream.error is None
+            pair.two.cable("down")
         lost = time.monotonic()
-        stream.wait(30)
+        stream.wait(AT_ONCE)
         report("the stream ends", lost)
         assert isinstance(stream.error, Unavailable), stream.error
         assert stream.ended - lost < ENDS_WITHIN
         result = finish(process)
         report("the server ends", lost)
-        assert time.monotonic() - lost < slack(ENDS_WITHIN)
+        assert time.monotonic() - lost < ENDS_WITHIN
         fails(result, "is lost", "the server stops")
-    nothing_left(pair.one, pair.two, seconds=slack(ENDS_WITHIN) - (time.monotonic() - lost))
+    nothing_left(pair.one, pair.two, seconds=ENDS_WITHIN - (time.monotonic() - lost))
     report("nothing is left on either host", lost)
     pair.observer.look({})
     all_given_back(pair)
