@@ -51,7 +51,7 @@ def test_a_timeline_of_two_processes(tiny, tmp_path):
     assert (alone["microbatches"], shared["microbatches"]) == (1, 2)
     assert all(0 <= share <= 1 for run in (alone, shared) for share in run["idle_share"])
     for run in json.loads(out.read_text())["runs"]:
-        # That is while all streams decode as their reader sees it: no time at all, where it is held up. Of the
+        # That is while all streams decode as their reader sees it: no time, where it is held up. Of the
         # whole time, every stage works some.
         stages = [[Span(*span) for span in spans] for spans in run["spans"]]
         began = min(span.began for spans in stages for span in spans)
