@@ -85,7 +85,7 @@ class Gathered:
         for choice, chunks in self._chunks.items():
             tokens[choice] += tuple(token for chunk in chunks for token in chunk.token_ids)
         begin = self._begin
-        return Resume(tuple(tokens), begin.numerics, begin.seed, begin.prompt_digest)
+        return Resume(tuple(tokens), begin.numerics, begin.seed, begin.prompt_digest, begin.max_tokens)
 
     def request(self) -> generate_pb2.GenerateRequest:
         """The request for what has not come yet."""
@@ -123,6 +123,7 @@ class Gathered:
             request_id=finish.request_id,
             choices=choices,
             resumed=resumed,
+            max_tokens=0 if self._begin is None else self._begin.max_tokens,
         )
 
     @staticmethod

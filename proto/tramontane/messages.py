@@ -113,6 +113,7 @@ def fill_resume(request: generate_pb2.GenerateRequest, resume: Resume) -> None:
     _set(message, "numerics", resume.numerics, "resume.numerics")
     _set(message, "seed", resume.seed, "resume.seed")
     _set(message, "prompt_digest", resume.prompt_digest, "resume.prompt_digest")
+    _set(message, "max_tokens", resume.max_tokens, "resume.max_tokens")
 
 
 def _set_sampling(params: sampling_pb2.SamplingParams, name: str, value: object) -> None:

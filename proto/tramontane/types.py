@@ -59,12 +59,17 @@ class Chunk:
 @dataclass(frozen=True, slots=True)
 class Resume:
     """What is needed to go on with a reply whose stream broke, besides the request: see Resume in
-    generate.proto. Tokens are by choice."""
+    generate.proto. Sampling parameters other than `seed` and `max_tokens` are to be repeated.
+
+    Fields have the contract's names, and so they stand in errors (`resume.seed`), but for the tokens, which
+    are by choice: `token_ids[i]` is `resume.choices[i]` there.
+    """
 
     token_ids: tuple[tuple[int, ...], ...]
     numerics: str
     seed: int
     prompt_digest: bytes
+    max_tokens: int = 0  # what each choice may have in all; 0: not known, and not compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +89,11 @@ class Choice:
 class Reply:
     """A whole reply; where several were asked for, the first of `choices`, which holds them all.
 
-    `seed` with the same `numerics`, prompt and parameters gives the same reply again, bit for bit. With
-    STOP, one of `stop_string` and `stop_token_id` says what matched. `logprobs` has an entry a token where
-    they were asked for, else none. `usage` counts the prompt once and the tokens of all choices. `resumed`
-    is how often the stream broke and was taken up again, which changed nothing else.
+    `seed` and `max_tokens` with the same `numerics`, prompt and other parameters give the same reply again,
+    bit for bit: where the request has none of its own, the server chose them. With STOP, one of
+    `stop_string` and `stop_token_id` says what matched. `logprobs` has an entry a token where they were
+    asked for, else none. `usage` counts the prompt once and the tokens of all choices. `resumed` is how
+    often the stream broke and was taken up again, which changed nothing else.
     """
 
     text: str
@@ -103,6 +109,7 @@ class Reply:
     request_id: str
     choices: tuple[Choice, ...]
     resumed: int
+    max_tokens: int = 0  # what each choice might have; 0 from a server that does not say it
 
 
 @dataclass(frozen=True, slots=True)

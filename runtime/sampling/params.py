@@ -44,7 +44,10 @@ def validate(
         )
     min_tokens = _integer("min_tokens", params.min_tokens, 0)
     if min_tokens > max_tokens:
-        raise InvalidArgument("min_tokens", f"{_shown(min_tokens)} is more than max_tokens, {max_tokens}")
+        reason = f"{_shown(min_tokens)} is more than max_tokens, {max_tokens}"
+        if params.max_tokens is None:
+            reason += f" (not set: what a prompt of {prompt_length} tokens leaves of {context_length})"
+        raise InvalidArgument("min_tokens", reason)
     logit_bias = _logit_bias(params.logit_bias, vocab_size)
     stop_token_ids = _stop_token_ids(params.stop_token_ids, vocab_size)
     if min_tokens > 0 and len(set(stop_token_ids)) >= vocab_size:
@@ -81,9 +84,10 @@ def validate_top(top: int | None) -> int:
 
 
 def validate_received(
-    choices: Sequence[Sequence[int]], n: int, max_tokens: int, vocab_size: int
+    choices: Sequence[Sequence[int]], n: int, max_tokens: int, vocab_size: int, limit: str = "max_tokens"
 ) -> tuple[tuple[int, ...], ...]:
-    """Tokens that a user has of each choice already. Raises InvalidArgument naming the choice at fault."""
+    """Tokens that a user has of each choice already; `limit` says what set `max_tokens`. Raises
+    InvalidArgument naming the choice at fault."""
     if len(choices) > n:
         raise InvalidArgument("resume.choices", f"has {len(choices)} entries for {n} choices")
     for number, tokens in enumerate(choices):
@@ -91,7 +95,7 @@ def validate_received(
         for token in tokens:
             _token(field, token, vocab_size)
         if len(tokens) > max_tokens:
-            raise InvalidArgument(field, f"{len(tokens)} tokens are more than max_tokens, {max_tokens}")
+            raise InvalidArgument(field, f"{len(tokens)} tokens are more than {limit}, {max_tokens}")
     return tuple(tuple(tokens) for tokens in choices)
 
 

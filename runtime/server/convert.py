@@ -45,6 +45,7 @@ def _resume(resume: generate_pb2.Resume) -> Resume:
         numerics=resume.numerics,
         seed=resume.seed if resume.HasField("seed") else None,
         prompt_digest=resume.prompt_digest,
+        max_tokens=resume.max_tokens,
     )
 
 
@@ -78,6 +79,7 @@ def response(piece: Piece, request_id: str, model: str) -> generate_pb2.Generate
         message.begin.seed = begun.seed
         message.begin.numerics = begun.numerics
         message.begin.prompt_digest = begun.prompt_digest
+        message.begin.max_tokens = begun.max_tokens
         message.begin.request_id = request_id
         message.begin.model = model
     if piece.final is not None:

@@ -36,6 +36,7 @@ class Resume:
     numerics: str = ""
     seed: int | None = None
     prompt_digest: bytes = b""  # empty: not compared
+    max_tokens: int = 0  # 0: not compared, and as many as the context leaves
 
     @property
     def has_tokens(self) -> bool:
@@ -110,18 +111,23 @@ class Pipeline:
         prompt = await asyncio.to_thread(self.encode, completion)
         for number, stop in enumerate(completion.params.stop):
             _check_unicode(f"stop[{number}]", stop)
+        params, resume = completion.params, completion.resume
+        if resume is not None:
+            params = self._resumed(resume, params, prompt)
         params = validate(
-            completion.params,
+            params,
             vocab_size=self.info.vocab_size,
             context_length=self.info.context_length,
             prompt_length=len(prompt),
         )
         choices = range(validate_choices(completion.n))
         received: Sequence[Sequence[int]] = ()
-        if completion.resume is not None:
-            params = self._resumed(completion.resume, params, prompt)
+        if resume is not None:
+            limit = "max_tokens"
+            if completion.params.max_tokens is None:  # the user must not be told of what the user did not say
+                limit = "resume.max_tokens" if resume.max_tokens else self._room(len(prompt))
             received = validate_received(
-                completion.resume.choices, len(choices), params.max_tokens, self.info.vocab_size
+                resume.choices, len(choices), params.max_tokens, self.info.vocab_size, limit
             )
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(64))
@@ -144,14 +150,16 @@ class Pipeline:
         )
 
     def _resumed(self, resume: Resume, params: SamplingParams, prompt: tuple[int, ...]) -> SamplingParams:
-        """The parameters with the seed of the reply that goes on. Raises InvalidArgument where this server
-        would not go on with the same bits."""
+        """The parameters with the seed and the length of the reply that goes on, not yet validated. Raises
+        InvalidArgument where this server would not go on with the same bits."""
         needed = resume.has_tokens
         if resume.numerics != self.info.numerics and (needed or resume.numerics):
             made = f"made under {resume.numerics!r}" if resume.numerics else "must say what made the tokens"
             raise InvalidArgument("resume.numerics", f"{made}; this server computes {self.info.numerics!r}")
         if resume.prompt_digest and resume.prompt_digest != prompt_digest(prompt):
             raise InvalidArgument("resume.prompt_digest", "the tokens followed another prompt than this")
+        if resume.max_tokens:
+            params = self._as_long(resume.max_tokens, params, len(prompt))
         if resume.seed is None:
             if needed and params.seed is None:
                 raise InvalidArgument("resume.seed", "must say which seed made the tokens")
@@ -159,6 +167,22 @@ class Pipeline:
         if params.seed not in (None, resume.seed):
             raise InvalidArgument("resume.seed", f"{resume.seed} is not the request's own, {params.seed}")
         return replace(params, seed=resume.seed)
+
+    def _as_long(self, most: int, params: SamplingParams, prompt_length: int) -> SamplingParams:
+        """The parameters of a reply that was to have at most `most` tokens. Where the request leaves that
+        open, the first server filled in its own context's room: another's must not cut the reply short."""
+        own, room = params.max_tokens, self.info.context_length - prompt_length
+        if own not in (None, most):
+            raise InvalidArgument("resume.max_tokens", f"{most} is not the request's own, {own}")
+        if most > room >= 1:  # with none at all, the prompt is at fault
+            raise InvalidArgument(
+                "resume.max_tokens", f"{most} tokens are more than {self._room(prompt_length)}, {room}"
+            )
+        return replace(params, max_tokens=most)
+
+    def _room(self, prompt_length: int) -> str:
+        context = self.info.context_length
+        return f"the room a prompt of {prompt_length} tokens leaves in this server's context of {context}"
 
     async def run(self, completion: Completion) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of all choices as they come; the last one of each carries its Final. Closing it
@@ -171,7 +195,8 @@ class Pipeline:
         replies = await asyncio.to_thread(
             lambda: {branch.choice: Reply(self.tokenizer, request, branch) for branch in request.branches}
         )
-        begun = Begun(request.params.seed, self.info.numerics, prompt_digest(request.prompt))
+        params = request.params
+        begun = Begun(params.seed, self.info.numerics, prompt_digest(request.prompt), params.max_tokens)
         async with aclosing(self._pieces(request, replies)) as pieces:
             async for piece in pieces:
                 yield piece if begun is None else replace(piece, begun=begun)

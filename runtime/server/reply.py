@@ -30,6 +30,7 @@ class Begun:
     seed: int
     numerics: str
     prompt_digest: bytes
+    max_tokens: int  # of each choice
 
 
 @dataclass(frozen=True, slots=True)

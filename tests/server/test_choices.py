@@ -77,7 +77,7 @@ def test_how_many_is_checked(n):
 def test_backlog_keeps_choices_apart():
     async def go():
         backlog = Backlog(limit=1000)
-        begun = Begun(1, "x", b"")
+        begun = Begun(1, "x", b"", 9)
         for number in range(6):
             piece = Piece(f"{number}", (number,), choice=number % 2, begun=None if number else begun)
             backlog.put(piece)

@@ -148,6 +148,18 @@ def test_a_number_of_choices_that_no_server_takes_costs_nothing(talk):
     assert talk(ScriptedEngine(b"a"), conversation).startswith("n: ")
 
 
+def test_what_settles_a_reply_is_asked_for_again():
+    """Its length too, where the request leaves that to the server; an older one does not say it."""
+    begin = generate_pb2.Begin(seed=3, numerics="x", prompt_digest=b"d", max_tokens=9)
+    for most in (9, 0):
+        begin.max_tokens = most
+        gathered = Gathered(ask())
+        gathered.add(generate_pb2.GenerateResponse(token_ids=[1], begin=begin))
+        assert gathered.resume() == tramontane.Resume(((1,),), "x", 3, b"d", most)
+        asked = gathered.request()
+        assert asked.resume.max_tokens == most and not asked.sampling.HasField("max_tokens")
+
+
 def test_a_choice_that_was_not_asked_for_is_refused():
     gathered = Gathered(generate_pb2.GenerateRequest(n=2))
     with pytest.raises(tramontane.Error, match="choice 2 of a reply with 2"):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -23,15 +24,16 @@ from tests.server.test_streams import until
 from tests.support import REPOSITORY
 from tramontane import AsyncClient, Client
 from tramontane.retry import Retry
-from tramontane.streams import Stream
+from tramontane.streams import AsyncStream, Stream
 
+LENGTH = tramontane.FinishReason.LENGTH
 NUMBERS = itertools.count()  # no two requests of an engine have one name
 
 
-def make(reply, pieces=(), **engine):
+def make(reply, pieces=(), context_length=4096, **engine):
     tokenizer = PieceTokenizer(pieces)
     client = ScriptedEngine(reply=reply, **engine)
-    return Pipeline(tokenizer, None, client, info_for(tokenizer)), client
+    return Pipeline(tokenizer, None, client, info_for(tokenizer, context_length)), client
 
 
 def run(pipeline, **completion):
@@ -42,8 +44,8 @@ def run(pipeline, **completion):
     return asyncio.run(collect())
 
 
-def resume(*choices, numerics="test-numerics", seed=3, prompt_digest=b""):
-    return Resume(choices, numerics, seed, prompt_digest)
+def resume(*choices, numerics="test-numerics", seed=3, prompt_digest=b"", max_tokens=0):
+    return Resume(choices, numerics, seed, prompt_digest, max_tokens)
 
 
 @settings(deadline=None, max_examples=60)
@@ -103,14 +105,55 @@ def test_a_reply_that_has_ended_is_not_computed():
         ("resume.seed", "which seed", {}, resume(b"a", seed=None)),
         ("resume.seed", "not the request's own, 4", {"seed": 4}, resume(b"a")),
         ("resume.prompt_digest", "another prompt", {}, resume(b"a", prompt_digest=b"x" * 32)),
+        ("resume.max_tokens", "5 is not the request's own, 4", {"max_tokens": 4}, resume(max_tokens=5)),
+        ("resume.max_tokens", "14 tokens are more than", {}, resume(b"a", max_tokens=14)),
+        ("resume.max_tokens", "context of 16, 13", {"max_tokens": 14}, resume(b"a", max_tokens=14)),
+        ("resume.max_tokens", "context of 16, 13", {"min_tokens": 14}, resume(b"a", max_tokens=14)),
+        ("resume.choices[0]", "more than max_tokens, 2", {"max_tokens": 2}, resume(b"abc", max_tokens=2)),
+        # Who set no max_tokens is not told of one.
+        ("resume.choices[0]", "more than resume.max_tokens, 2", {}, resume(b"abc", max_tokens=2)),
+        ("resume.choices[0]", "prompt of 3 tokens leaves in this", {}, resume(b"a" * 14)),
+        ("min_tokens", "max_tokens, 13 (not set: ", {"min_tokens": 14}, resume()),
     ],
 )
 def test_what_cannot_go_on_is_refused(field, words, params, given):
-    pipeline, client = make(b"abcd")
+    pipeline, client = make(b"abcd", context_length=16)
     with pytest.raises(InvalidArgument) as caught:
         run(pipeline, params=SamplingParams(**params), resume=given)
-    assert (caught.value.field, words in caught.value.reason) == (field, True)
+    assert (caught.value.field, words in caught.value.reason) == (field, True), caught.value
     assert client.requests == []
+
+
+def test_a_prompt_without_any_room_is_at_fault_itself():
+    pipeline, _ = make(b"abcd", context_length=3)
+    with pytest.raises(InvalidArgument, match=r"^prompt: .* leaves no room to reply"):
+        run(pipeline, resume=resume(b"a", max_tokens=13))
+
+
+@pytest.mark.parametrize("own", [None, 5])
+def test_a_reply_is_as_long_wherever_it_goes_on(own):
+    """Where the request leaves its length open, the first server's context has settled it."""
+    text = b"abcdefghijklmnopqrstuvwxyz"
+    params = SamplingParams(max_tokens=own, seed=3)
+    pipeline, _ = make(text, context_length=16)
+    whole = run(pipeline, params=params)
+    tokens, begun = [token for piece in whole for token in piece.token_ids], whole[0].begun
+    assert (len(tokens), begun.max_tokens) == ((own or 13),) * 2
+    for context_length in (16, 17, 4096):
+        for known in range(len(tokens) + 1):
+            pipeline, engine = make(text, context_length=context_length)
+            given = resume(tokens[:known], max_tokens=begun.max_tokens)
+            rest = run(pipeline, params=params, resume=given)
+            assert tokens[:known] + [token for piece in rest for token in piece.token_ids] == tokens
+            assert rest[-1].final == whole[-1].final and rest[0].begun == begun
+            assert {request.params.max_tokens for request in engine.requests} <= {len(tokens)}
+
+
+def test_who_does_not_say_how_long_has_what_the_context_leaves():
+    """As an older client, or one that wants more of a reply than it was to have."""
+    pipeline, _ = make(b"abcdefgh", context_length=8)
+    rest = run(pipeline, resume=resume(b"ab"))
+    assert ("".join(piece.text for piece in rest), rest[0].begun.max_tokens) == ("cde", 5)
 
 
 def test_over_the_wire():
@@ -120,12 +163,13 @@ def test_over_the_wire():
             whole = [message async for message in running.stub.Generate(ask(seed=7, logprobs=0))]
             begin = whole[0].begin
             assert (begin.seed, begin.numerics, begin.model) == (7, "test-numerics", "scripted")
+            assert begin.max_tokens == 4096 - 3
             assert begin.request_id == whole[-1].finish.request_id
             assert not any(message.HasField("begin") for message in whole[1:])
             request = ask(logprobs=0)
             request.resume.choices.add().ids.extend("añ".encode()[:2])
             request.resume.numerics, request.resume.seed = begin.numerics, begin.seed
-            request.resume.prompt_digest = begin.prompt_digest
+            request.resume.prompt_digest, request.resume.max_tokens = begin.prompt_digest, begin.max_tokens
             rest = [message async for message in running.stub.Generate(request)]
             assert "".join(message.text for message in rest) == "ñb"
             assert [token for message in rest for token in message.token_ids] == list("añb".encode()[2:])
@@ -133,6 +177,21 @@ def test_over_the_wire():
 
             request.resume.choices[0].ids.append(999)
             assert bad_field(await refusal(running.stub.Generate(request))) == "resume.choices[0]"
+            request.sampling.max_tokens = begin.max_tokens - 1
+            assert bad_field(await refusal(running.stub.Generate(request))) == "resume.max_tokens"
+            asked = len(engine.requests)
+        async with serving(engine, context_length=4095) as shorter:
+            request.sampling.ClearField("max_tokens")
+            request.resume.choices[0].ids.pop()
+            error = await refusal(shorter.stub.Generate(request))
+            assert bad_field(error) == "resume.max_tokens"
+            assert "4093 tokens" in error.details() and error.details().endswith("4095, 4092")
+            assert len(engine.requests) == asked
+
+            request.resume.ClearField("max_tokens")  # as a client does that knows nothing of it
+            rest = [message async for message in shorter.stub.Generate(request)]
+            assert "".join(message.text for message in rest) == "ñb"
+            assert rest[0].begin.max_tokens == 4092
 
     asyncio.run(go())
 
@@ -249,6 +308,64 @@ def test_another_server_of_the_target_goes_on(monkeypatch):
         assert one.engine.requests and other.engine.requests
 
     asyncio.run(go())
+
+
+async def broken_off(engine, first, then, **options):
+    """The reply to a request whose stream breaks at a server with a context of `first` tokens and is taken up
+    at one with `then`."""
+    other = ScriptedEngine(engine.reply)
+    async with serving(engine, context_length=first) as one, serving(other, context_length=then) as two:
+        stubs = iter([one.stub, two.stub])
+        method = lambda request, timeout: next(stubs).Generate(request, timeout=timeout)  # noqa: E731
+        return await AsyncStream(method, ask(**options), None, 8).result()
+
+
+def test_a_longer_context_gives_no_longer_reply():
+    text = b"abcdefghijklmnopqrstuvwxyz"
+    reply = asyncio.run(broken_off(ScriptedEngine(text, dies=5), 16, 4096))
+    assert (reply.text, reply.finish_reason, reply.resumed) == ("abcdefghijklm", LENGTH, 1)
+    assert reply.max_tokens == 13
+
+
+def test_a_shorter_context_does_not_cut_a_reply_short():
+    """What broke is told, and that this server cannot give what was begun; not that the reply is whole."""
+    text = b"abcdefghijklmnopqrstuvwxyz"
+    with pytest.raises(tramontane.Unavailable) as caught:
+        asyncio.run(broken_off(ScriptedEngine(text, dies=5), 4096, 16))
+    for words in ("rank 1 is gone", "resume.max_tokens: 4093 tokens", "context of 16, 13"):
+        assert words in caught.value.message
+    reply = asyncio.run(broken_off(ScriptedEngine(text, dies=5), 4096, 16, max_tokens=13))
+    assert (reply.text, reply.finish_reason, reply.resumed) == ("abcdefghijklm", LENGTH, 1)
+
+
+def test_what_was_kept_is_asked_for_at_a_server_with_another_context(talk):
+    text = b"abcdefghijklmnopqrstuvwxyz"
+
+    def begin(client):
+        with client.stream_generate("hi") as stream:
+            with pytest.raises(tramontane.Unavailable):
+                list(stream)
+            return stream.resume
+
+    kept = talk(ScriptedEngine(text, dies=14), begin)
+    assert (len(kept.token_ids[0]), kept.max_tokens) == (14, 4093)
+
+    def refused(client):
+        with pytest.raises(tramontane.InvalidRequest, match=r"resume.max_tokens: 4093 .* context of 16, 13"):
+            client.generate("hi", resume=kept)
+        with pytest.raises(tramontane.InvalidRequest, match=r"resume.max_tokens: 4093 is not the request's"):
+            client.generate("hi", resume=kept, max_tokens=13)
+        with pytest.raises(tramontane.InvalidRequest, match=r"resume.choices\[0\]: 14 .* context of 16, 13"):
+            client.generate("hi", resume=replace(kept, max_tokens=0))
+        with pytest.raises(tramontane.InvalidRequest, match=r"resume.max_tokens: "):
+            client.generate("hi", resume=replace(kept, max_tokens=-1))
+        return True
+
+    engine = ScriptedEngine(text)
+    assert talk(engine, refused, context_length=16) and engine.requests == []
+    shorter = replace(kept, token_ids=(kept.token_ids[0][:5],), max_tokens=13)
+    rest = talk(ScriptedEngine(text), lambda client: client.generate("hi", resume=shorter))
+    assert (rest.text, rest.finish_reason) == ("fghijklm", LENGTH)
 
 
 def test_another_numerics_does_not_go_on(talk):

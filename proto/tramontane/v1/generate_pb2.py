@@ -25,31 +25,31 @@ _sym_db = _symbol_database.Default()
 from tramontane.v1 import sampling_pb2 as tramontane_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctramontane/v1/generate.proto\x12\rtramontane.v1\x1a\x1ctramontane/v1/sampling.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.tramontane.v1.ChatMessage\"w\n\x06Resume\x12(\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x17.tramontane.v1.TokenIds\x12\x10\n\x08numerics\x18\x02 \x01(\t\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rprompt_digest\x18\x04 \x01(\x0c\x42\x07\n\x05_seed\"\xbf\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.tramontane.v1.TokenIdsH\x00\x12/\n\x08messages\x18\x04 \x01(\x0b\x32\x1b.tramontane.v1.ChatMessagesH\x00\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.tramontane.v1.SamplingParams\x12\x15\n\x08priority\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x0e\n\x01n\x18\x08 \x01(\x05H\x02\x88\x01\x01\x12%\n\x06resume\x18\t \x01(\x0b\x32\x15.tramontane.v1.ResumeB\x08\n\x06promptB\x0b\n\t_priorityB\x04\n\x02_n\"\xbf\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.tramontane.v1.TokenLogprobs\x12%\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x15.tramontane.v1.Finish\x12#\n\x05\x62\x65gin\x18\x05 \x01(\x0b\x32\x14.tramontane.v1.Begin\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\"a\n\x05\x42\x65gin\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x10\n\x08numerics\x18\x02 \x01(\t\x12\x15\n\rprompt_digest\x18\x03 \x01(\x0c\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\"\xed\x01\n\x06\x46inish\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.tramontane.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.tramontane.v1.Usage\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x10\n\x08numerics\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\r\n\x05model\x18\t \x01(\tB\x0e\n\x0cmatched_stop\"\x81\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r*\xb1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctramontane/v1/generate.proto\x12\rtramontane.v1\x1a\x1ctramontane/v1/sampling.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.tramontane.v1.ChatMessage\"\x8b\x01\n\x06Resume\x12(\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x17.tramontane.v1.TokenIds\x12\x10\n\x08numerics\x18\x02 \x01(\t\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rprompt_digest\x18\x04 \x01(\x0c\x12\x12\n\nmax_tokens\x18\x05 \x01(\rB\x07\n\x05_seed\"\xbf\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.tramontane.v1.TokenIdsH\x00\x12/\n\x08messages\x18\x04 \x01(\x0b\x32\x1b.tramontane.v1.ChatMessagesH\x00\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.tramontane.v1.SamplingParams\x12\x15\n\x08priority\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x0e\n\x01n\x18\x08 \x01(\x05H\x02\x88\x01\x01\x12%\n\x06resume\x18\t \x01(\x0b\x32\x15.tramontane.v1.ResumeB\x08\n\x06promptB\x0b\n\t_priorityB\x04\n\x02_n\"\xbf\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.tramontane.v1.TokenLogprobs\x12%\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x15.tramontane.v1.Finish\x12#\n\x05\x62\x65gin\x18\x05 \x01(\x0b\x32\x14.tramontane.v1.Begin\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\"u\n\x05\x42\x65gin\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x10\n\x08numerics\x18\x02 \x01(\t\x12\x15\n\rprompt_digest\x18\x03 \x01(\x0c\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\"\xed\x01\n\x06\x46inish\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.tramontane.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.tramontane.v1.Usage\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x10\n\x08numerics\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\r\n\x05model\x18\t \x01(\tB\x0e\n\x0cmatched_stop\"\x81\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r*\xb1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tramontane.v1.generate_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1319
-  _globals['_FINISHREASON']._serialized_end=1496
+  _globals['_FINISHREASON']._serialized_start=1360
+  _globals['_FINISHREASON']._serialized_end=1537
   _globals['_TOKENIDS']._serialized_start=77
   _globals['_TOKENIDS']._serialized_end=100
   _globals['_CHATMESSAGE']._serialized_start=102
   _globals['_CHATMESSAGE']._serialized_end=146
   _globals['_CHATMESSAGES']._serialized_start=148
   _globals['_CHATMESSAGES']._serialized_end=208
-  _globals['_RESUME']._serialized_start=210
-  _globals['_RESUME']._serialized_end=329
-  _globals['_GENERATEREQUEST']._serialized_start=332
-  _globals['_GENERATEREQUEST']._serialized_end=651
-  _globals['_GENERATERESPONSE']._serialized_start=654
-  _globals['_GENERATERESPONSE']._serialized_end=845
-  _globals['_BEGIN']._serialized_start=847
-  _globals['_BEGIN']._serialized_end=944
-  _globals['_FINISH']._serialized_start=947
-  _globals['_FINISH']._serialized_end=1184
-  _globals['_USAGE']._serialized_start=1187
-  _globals['_USAGE']._serialized_end=1316
+  _globals['_RESUME']._serialized_start=211
+  _globals['_RESUME']._serialized_end=350
+  _globals['_GENERATEREQUEST']._serialized_start=353
+  _globals['_GENERATEREQUEST']._serialized_end=672
+  _globals['_GENERATERESPONSE']._serialized_start=675
+  _globals['_GENERATERESPONSE']._serialized_end=866
+  _globals['_BEGIN']._serialized_start=868
+  _globals['_BEGIN']._serialized_end=985
+  _globals['_FINISH']._serialized_start=988
+  _globals['_FINISH']._serialized_end=1225
+  _globals['_USAGE']._serialized_start=1228
+  _globals['_USAGE']._serialized_end=1357
 # @@protoc_insertion_point(module_scope)

@@ -44,16 +44,18 @@ class ChatMessages(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
 
 class Resume(_message.Message):
-    __slots__ = ("choices", "numerics", "seed", "prompt_digest")
+    __slots__ = ("choices", "numerics", "seed", "prompt_digest", "max_tokens")
     CHOICES_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     choices: _containers.RepeatedCompositeFieldContainer[TokenIds]
     numerics: str
     seed: int
     prompt_digest: bytes
-    def __init__(self, choices: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., numerics: _Optional[str] = ..., seed: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ...) -> None: ...
+    max_tokens: int
+    def __init__(self, choices: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., numerics: _Optional[str] = ..., seed: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ..., max_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "text", "token_ids", "messages", "sampling", "priority", "cache_salt", "n", "resume")
@@ -94,18 +96,20 @@ class GenerateResponse(_message.Message):
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_sampling_pb2.TokenLogprobs, _Mapping]]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("seed", "numerics", "prompt_digest", "request_id", "model")
+    __slots__ = ("seed", "numerics", "prompt_digest", "request_id", "model", "max_tokens")
     SEED_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     seed: int
     numerics: str
     prompt_digest: bytes
     request_id: str
     model: str
-    def __init__(self, seed: _Optional[int] = ..., numerics: _Optional[str] = ..., prompt_digest: _Optional[bytes] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+    max_tokens: int
+    def __init__(self, seed: _Optional[int] = ..., numerics: _Optional[str] = ..., prompt_digest: _Optional[bytes] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., max_tokens: _Optional[int] = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ("reason", "stop_string", "stop_token_id", "usage", "seed", "numerics", "detail", "request_id", "model")
