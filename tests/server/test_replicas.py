@@ -537,6 +537,25 @@ def test_real_ranks_are_lost_in_company(model, monkeypatch):
         check_idle(two)
 
 
+def test_a_reply_is_as_long_as_it_was_to_be_after_a_loss():
+    """Where the request leaves that open: it is settled once, by the shortest context of all."""
+
+    async def go():
+        infos = [replace(INFO, context_length=length) for length in (100, 14)]
+        engines = [Mortal(TEXT, after=4), ScriptedEngine(TEXT)]
+        client = Replicas(infos, returning=False)
+        for index, (each, info) in enumerate(zip(engines, infos, strict=True)):
+            client.put(index, each, info)
+        pipeline = Pipeline(PieceTokenizer(), None, client, await client.info())
+        pieces = [p async for p in pipeline.run(Completion("r", text="x"))]
+        assert [len(each.requests) for each in engines] == [1, 1]
+        assert {each.requests[0].params.max_tokens for each in engines} == {12}
+        assert (pieces[0].begun.max_tokens, pieces[-1].final.finish_reason) == (12, FinishReason.LENGTH)
+        assert bytes(t for p in pieces for t in p.token_ids) == TEXT[:12]
+
+    asyncio.run(go())
+
+
 def test_the_end_of_text_ends_after_a_loss():
     """A stop token that came last needs no further engine, through the pipeline either."""
 
