@@ -99,6 +99,19 @@ def test_a_template_that_is_not_text(tiny, tmp_path):
     refused(run("generate", str(tiny), *options), "chat-template", str(template))
 
 
+def test_a_draft_with_other_tokens_is_refused(tiny, tmp_path):
+    """A vocabulary of the same size in which one id is another token."""
+    data = tiny.read_bytes()
+    space, other = (len(piece).to_bytes(8, "little") + piece for piece in ("▁".encode(), "月".encode()))
+    assert data.count(space) == 1
+    draft = tmp_path / "draft.gguf"
+    draft.write_bytes(data.replace(space, other))
+    asked = ["generate", str(tiny), "--prompt", "x", "--local", "--max-tokens", "2", "--draft"]
+    assert run(*asked, str(tiny)).status == 0
+    token = "token 259 is b'\\xe6\\x9c\\x88' in tiny and b' ' in tiny"
+    refused(run(*asked, str(draft)), "draft: ", token, "the vocabulary must be the same")
+
+
 def test_an_empty_prompt_is_the_bos_where_there_is_one(tiny, tmp_path):
     reply = generate(tiny, "--prompt", "", "--max-tokens", "3", "--ignore-eos")
     assert reply["usage"]["prompt_tokens"] == 1
