@@ -262,6 +262,9 @@ def generate(
     max_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of the reply. Default: 256, or what the context leaves.")
     ] = None,
+    n: Annotated[
+        int, typer.Option(help="Replies to the prompt, 1 to 64. With --temperature 0 all are alike.")
+    ] = 1,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -291,6 +294,8 @@ def generate(
     """Load a model, continue a text, and end."""
     from runtime.commands.generate import Ask, generate
 
+    if logprobs is not None and not json:
+        raise InvalidArgument("logprobs", "are for JSON alone: give --json too")
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -315,10 +320,10 @@ def generate(
             template=chat_template,
             draft=draft,
         ),
-        EngineConfig(max_num_seqs=1, draft_tokens=draft_tokens),
+        EngineConfig(max_num_seqs=max(1, n), draft_tokens=draft_tokens),
         ParallelConfig(tp=tp, pp=pp, device=device, kv_memory=kv_memory),
     )
-    generate(config, Ask(prompt, chat, params), local=local, ray_address=ray_address, as_json=json)
+    generate(config, Ask(prompt, chat, params, n), local=local, ray_address=ray_address, as_json=json)
 
 
 @command

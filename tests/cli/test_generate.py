@@ -1,9 +1,12 @@
-"""`generate --local`: the reply, all that is said of it, and that ranks cannot change it."""
+"""`generate --local`: replies, all that is said of them, and that ranks cannot change them."""
 
 from __future__ import annotations
 
 import pytest
 
+from runtime.commands.generate import _Screen
+from runtime.server.reply import Final, Piece
+from runtime.types import FinishReason
 from tests.cli.command import refused, run
 from tests.support import fixture_path
 from tests.weights.tiny import write_tiny_llama
@@ -97,6 +100,64 @@ def test_a_template_that_is_not_text(tiny, tmp_path):
     template.write_bytes(b"\xff\xfe\x00")
     options = ["--prompt", "hello", "--chat", "--local", "--chat-template", str(template)]
     refused(run("generate", str(tiny), *options), "chat-template", str(template))
+
+
+def test_several_replies_to_a_prompt(tiny):
+    options = [
+        "--prompt",
+        "Once",
+        "--max-tokens",
+        "12",
+        "--temperature",
+        "1",
+        "--seed",
+        "5",
+        "--logprobs",
+        "1",
+    ]
+    alone = generate(tiny, *options)
+    several = generate(tiny, *options, "--n", "3")
+    choices = several.pop("choices")
+    assert len({choice["text"] for choice in choices}) == 3
+    for name, value in choices[0].items():
+        assert alone.pop(name) == value
+    tokens = sum(len(choice["token_ids"]) for choice in choices)
+    assert several["usage"]["completion_tokens"] == tokens > alone["usage"]["completion_tokens"]
+    drafts = ("completion_tokens", "drafted_tokens", "accepted_tokens")
+    for value in (alone, several):
+        assert all(value["usage"].pop(name) >= 0 for name in drafts)
+    assert alone == several  # seed, model, numerics and the prompt's tokens
+    assert choices[:2] == generate(tiny, *options, "--n", "2")["choices"]
+
+
+def test_texts_of_several_replies_come_one_after_another(tiny):
+    options = ["--prompt", "Once", "--max-tokens", "12", "--temperature", "1", "--seed", "5"]
+    choices = generate(tiny, *options, "--n", "3")["choices"]
+    plain = run("generate", str(tiny), "--local", *options, "--n", "3")
+    texts = [f"choice {number}:\n{choice['text']}\n" for number, choice in enumerate(choices, start=1)]
+    assert plain.out == "".join(texts)
+
+
+def test_a_choice_waits_on_the_screen_for_those_before_it(capsys):
+    end = Final(FinishReason.LENGTH, None, None, 1, 0, 1, 0, "")
+    screen = _Screen(3)
+    for choice, text, final in [(2, "c", None), (1, "b", end), (0, "a", None), (2, "C", end), (0, "A", end)]:
+        screen.add(Piece(text, final=final, choice=choice))
+        if choice == 0 and final is None:
+            assert capsys.readouterr().out == "choice 1:\na"  # as it grows
+    assert capsys.readouterr().out == "A\nchoice 2:\nb\nchoice 3:\ncC\n"
+
+
+@pytest.mark.parametrize("n", ["0", "-1", "65"])
+def test_as_many_replies_as_the_api_has(n, tiny, monkeypatch):
+    monkeypatch.setattr("runtime.commands.generate.start_engine", None)
+    refused(run("generate", str(tiny), "--prompt", "x", "--local", "--n", n), "error: n: ", "from 1 to 64")
+
+
+def test_logprobs_are_not_left_out_in_silence(tiny):
+    asked = ["generate", str(tiny), "--prompt", "x", "--local", "--logprobs"]
+    refused(run(*asked, "2"), "error: logprobs: ", "--json")
+    refused(run(*asked, "1000", "--json"), "error: logprobs: ", "1000")
 
 
 def test_a_draft_with_other_tokens_is_refused(tiny, tmp_path):
