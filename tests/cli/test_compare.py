@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -12,7 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.commands.compare_plot import plot_file
+from runtime.commands.compare_prompts import read_prompts
 from runtime.commands.divergence import divergence, first_difference, joined, kl_curve
+from runtime.errors import Unavailable
 from tests.cli.command import refused, run
 from tests.support import fixture_path
 from tests.weights.tiny import write_tiny_llama
@@ -71,11 +75,90 @@ def test_ranks_change_nothing(tiny, quantised, prompts):
     assert once["replies"]["max_tokens"] == 0 and once["prompts"][0]["reply_tokens"] == [0, 0]
 
 
-def test_the_table(tiny, quantised, prompts):
-    result = run("compare", str(tiny), str(quantised), "--prompts", str(prompts), "--max-tokens", "4")
-    assert result.status == 0
-    for words in ("same most likely token", "KL(A || B)", "perplexity", "greedy replies", "Once upon"):
-        assert words in result.out
+def test_replies_that_were_not_made_are_not_the_same(tiny, prompts):
+    replies = compare(tiny, tiny, prompts, "--max-tokens", "0")["replies"]
+    assert (replies["identical"], replies["of"]) == (None, 0)
+    table = run("compare", str(tiny), str(tiny), "--prompts", str(prompts), "--max-tokens", "0").out
+    assert "none: --max-tokens 0" in table and "part at" not in table
+
+
+def test_a_prompt_that_fills_the_context_has_no_reply(tiny, prompts):
+    tokens = [entry["tokens"] + 1 for entry in compare(tiny, tiny, prompts, "--max-tokens", "0")["prompts"]]
+    options = ["--max-tokens", "4", "--max-model-len", str(max(tokens))]
+    value = compare(tiny, tiny, prompts, *options)
+    assert (value["replies"]["identical"], value["replies"]["of"]) == (1, 1)
+    assert [entry["reply_tokens"] == [0, 0] for entry in value["prompts"]] == [
+        n == max(tokens) for n in tokens
+    ]
+    table = run("compare", str(tiny), str(tiny), "--prompts", str(prompts), *options).out
+    assert "1 of 1 the same over 4 tokens; no room for 1 more" in table
+
+
+def test_the_shorter_context_ends_both_replies(tiny, prompts, tmp_path):
+    short = write_tiny_llama(tmp_path / "short.gguf", **{**SHAPE, "context": 64})
+    value = compare(tiny, short, prompts, "--max-tokens", "100")
+    assert (value["replies"]["identical"], value["replies"]["of"]) == (2, 2)
+    for entry in value["prompts"]:
+        assert entry["reply_tokens"] == [63 - entry["tokens"]] * 2
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(tiny, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("runtime.commands.compare.open_front", None)
+    for path in (tmp_path, "/proc/kl.svg"):
+        asked = ["compare", str(tiny), str(tiny), "--prompts", str(prompts), "--plot", str(path)]
+        refused(run(*asked), "plot: ", str(path), "cannot be written")
+
+
+def test_a_run_that_fails_leaves_the_plot_as_it_was(tiny, prompts, tmp_path, monkeypatch):
+    def fails(*_):
+        raise Unavailable("the engine failed")
+
+    monkeypatch.setattr("runtime.commands.compare._run", fails)
+    old, new = tmp_path / "old.svg", tmp_path / "new.svg"
+    old.write_text("what was there")
+    for path in (old, new):
+        asked = ["compare", str(tiny), str(tiny), "--prompts", str(prompts), "--plot", str(path)]
+        refused(run(*asked), "the engine failed")
+    assert old.read_text() == "what was there" and not new.exists()
+
+
+def test_a_plot_replaces_all_that_was_there(tmp_path):
+    path = tmp_path / "kl.svg"
+    path.write_text("x" * 100)
+    with plot_file(path) as draw:
+        assert path.read_text() == "x" * 100
+        draw("é")
+    assert path.read_text(encoding="utf-8") == "é"
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_a_plot_that_fails_after_all_takes_nothing_along(tiny, prompts, options):
+    asked = ["compare", str(tiny), str(tiny), "--prompts", str(prompts), "--max-tokens", "2"]
+    result = run(*asked, "--plot", "/dev/full", *options)
+    assert result.status == 1 and result.err.startswith("error: the plot /dev/full cannot be written: ")
+    assert result.out == run(*asked, *options).out != ""
+
+
+def test_numbers_that_cannot_be_printed_do_not_take_the_plot_along(tiny, prompts, tmp_path, monkeypatch):
+    def full(value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("runtime.commands.compare.write_json", full)
+    plot = tmp_path / "kl.svg"
+    asked = ["compare", str(tiny), str(tiny), "--prompts", str(prompts), "--max-tokens", "0", "--json"]
+    refused(run(*asked, "--plot", str(plot)), "No space left")
+    assert ElementTree.fromstring(plot.read_text(encoding="utf-8")).tag.endswith("svg")
+
+
+ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj"
+
+
+def test_lines_end_with_newlines_alone(tmp_path):
+    plain, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    plain.write_bytes(f"{ODD}\r\n \n\r\n{ODD}\nlast".encode())
+    assert read_prompts(plain) == [ODD, ODD, "last"]
+    objects.write_bytes('"a\u2028b\x85c"\r\n\n{"text": "d\u2029e"}\n'.encode())
+    assert read_prompts(objects) == ["a\u2028b\x85c", "d\u2029e"]
 
 
 def test_prompts_as_json_lines(tiny, tmp_path):
