@@ -29,7 +29,8 @@ from tests.support import REPOSITORY
 pytestmark = pytest.mark.cluster
 
 CONTEXT = 256  # that requests fit into
-LONG = 65536  # the model's: a reply that is minutes from its end when something dies
+LONG = 4096  # the model's
+ENDLESS = 65536  # of one whose replies are minutes from their end when something dies
 AT_ONCE = 60.0  # seconds for what is to happen at once: a loaded machine may stand still for several
 SHAPE = {
     "types": {"*": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q3_K", "ffn_gate": "Q8_0"},
@@ -44,14 +45,22 @@ REQUESTS = requests(384, CONTEXT, longest=20)
 
 
 @contextlib.contextmanager
-def cluster(path: Path, tp: int, *, pp: int = 1, max_model_len: int | None = None, **settings) -> Iterator:
+def cluster(
+    path: Path,
+    tp: int,
+    *,
+    pp: int = 1,
+    max_model_len: int | None = None,
+    kv_memory: int | None = None,
+    **settings,
+) -> Iterator:
     from runtime.cluster.launch import Cluster
 
     made = Cluster(
         ServeConfig(
             ModelConfig(str(path), max_model_len=max_model_len),
             EngineConfig(**settings),
-            ParallelConfig(tp=tp, pp=pp, threads=1),
+            ParallelConfig(tp=tp, pp=pp, kv_memory=kv_memory, threads=1),
         )
     )
     try:
@@ -89,6 +98,14 @@ def path(tiny) -> Path:
     return tiny(**SHAPE)
 
 
+@pytest.fixture
+def endless(local_ray, tiny) -> Iterator:
+    """Two ranks that have room for the longest replies."""
+    with cluster(tiny(**{**SHAPE, "context": ENDLESS}), 2, kv_memory=64 << 20) as made:
+        assert made.info.context_length == ENDLESS
+        yield made
+
+
 @pytest.fixture(scope="module")
 def plain(path):
     return plain_replies(path, REQUESTS)
@@ -123,6 +140,8 @@ def test_each_rank_reads_and_keeps_its_share(local_ray, tiny):
     path = tiny(**{**SHAPE, "types": "Q4_0", "hidden": 512, "vocab": 16384, "ffn": 2048})
     with cluster(path, 1) as alone:
         [whole], [kept] = alone.reports, alone.memory()
+    # What a rank takes besides: Python, torch and Ray, of which nobody here can tell; and some for chance.
+    bare = kept["resident"] - kept["weights"] - kept["kv"] + (64 << 20)
     with cluster(path, 3) as made:
         memory = made.memory()
         for report, part, units in zip(made.reports, memory, (3, 3, 2), strict=True):
@@ -132,12 +151,12 @@ def test_each_rank_reads_and_keeps_its_share(local_ray, tiny):
             assert part["kv"] == pytest.approx(
                 share * kept["kv"] * made.info.total_blocks / alone.info.total_blocks
             )
-            check_memory(report, part)
+            check_memory(report, part, bare)
         assert sum(report.bytes_read for report in made.reports) >= whole.bytes_read
 
 
-def check_memory(report, part: dict[str, int]) -> None:
-    assert part["resident"] <= 2 * report.bytes_read + part["kv"] + (450 << 20), part
+def check_memory(report, part: dict[str, int], bare: int = 450 << 20) -> None:
+    assert part["resident"] <= 2 * report.bytes_read + part["kv"] + bare, part
 
 
 @pytest.mark.slow
@@ -167,75 +186,77 @@ def test_smollm2_on_two_ranks(local_ray, smollm2):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_every_stream_at_once(local_ray, path, victim):
-    with cluster(path, 2) as made:
-        pids = made.rank_pids
+def test_a_killed_rank_ends_every_stream_at_once(endless, victim):
+    made = endless
+    pids = made.rank_pids
 
-        async def body(channel):
-            tasks = [asyncio.create_task(ask(channel, greedy(f"r{i}", (1, i), LONG - 8))) for i in range(4)]
-            while (await channel.load()).running < 4:
-                await asyncio.sleep(0.01)
-            started = time.monotonic()
-            os.kill(pids[victim], signal.SIGKILL)
-            ends = await asyncio.gather(*tasks, return_exceptions=True)
-            assert time.monotonic() - started < AT_ONCE / 2  # the replies themselves go on for minutes
-            for end in ends:
-                if isinstance(end, tuple):
-                    assert end[1].reason is FinishReason.ERROR and end[1].detail
-                else:
-                    assert isinstance(end, Unavailable), end
-            assert await asyncio.wait_for(channel.wait_lost(), AT_ONCE)
-            with pytest.raises(Unavailable):
-                await ask(channel, greedy("later", (1,), 5))
-
-        talk(made, body)
+    async def body(channel):
+        tasks = [asyncio.create_task(ask(channel, greedy(f"r{i}", (1, i), ENDLESS - 8))) for i in range(4)]
+        while (await channel.load()).running < 4:
+            await asyncio.sleep(0.01)
         started = time.monotonic()
-        made.close()
-        assert time.monotonic() - started < AT_ONCE  # it waits for nobody who is gone
+        os.kill(pids[victim], signal.SIGKILL)
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert time.monotonic() - started < AT_ONCE / 2  # the replies themselves go on for minutes
+        for end in ends:
+            if isinstance(end, tuple):
+                assert end[1].reason is FinishReason.ERROR and end[1].detail
+            else:
+                assert isinstance(end, Unavailable), end
+        assert await asyncio.wait_for(channel.wait_lost(), AT_ONCE)
+        with pytest.raises(Unavailable):
+            await ask(channel, greedy("later", (1,), 5))
+
+    talk(made, body)
+    started = time.monotonic()
+    made.close()
+    assert time.monotonic() - started < AT_ONCE  # it waits for nobody who is gone
     assert all(gone(pid) for pid in pids)
 
 
 @pytest.mark.slow
-def test_a_frozen_rank_is_missed(local_ray, path):
+def test_a_frozen_rank_is_missed(endless):
     """A rank that neither computes nor hangs up is noticed by its silence."""
-    with cluster(path, 2) as made:
-        pids = made.rank_pids
+    made = endless
+    pids = made.rank_pids
 
-        async def body(channel):
-            task = asyncio.create_task(ask(channel, greedy("r", (1, 2), LONG - 8)))
-            while (await channel.load()).running < 1:
-                await asyncio.sleep(0.01)
-            os.kill(pids[1], signal.SIGSTOP)
-            started = time.monotonic()
-            with contextlib.suppress(Unavailable):
-                _, end = await task
-                assert isinstance(end, Finished) and end.reason is FinishReason.ERROR
-            assert time.monotonic() - started < AT_ONCE / 2  # the reply itself goes on for minutes
+    async def body(channel):
+        task = asyncio.create_task(ask(channel, greedy("r", (1, 2), ENDLESS - 8)))
+        while (await channel.load()).running < 1:
+            await asyncio.sleep(0.01)
+        os.kill(pids[1], signal.SIGSTOP)
+        started = time.monotonic()
+        with contextlib.suppress(Unavailable):
+            _, end = await task
+            assert isinstance(end, Finished) and end.reason is FinishReason.ERROR
+        assert time.monotonic() - started < AT_ONCE / 2  # the reply itself goes on for minutes
 
-        try:
-            talk(made, body)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pids[1], signal.SIGCONT)
+    try:
+        talk(made, body)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pids[1], signal.SIGCONT)
+    made.close()
     assert all(gone(pid) for pid in pids)
 
 
 @pytest.mark.slow
-def test_an_engine_that_dies_is_noticed(local_ray, path):
+def test_an_engine_that_dies_is_noticed(endless):
     import ray
 
-    with cluster(path, 2) as made:
-        pids = made.rank_pids
+    made = endless
+    pids = made.rank_pids
 
-        async def body(channel):
-            task = asyncio.create_task(ask(channel, greedy("r", (1, 2), LONG - 8)))
-            while (await channel.load()).running < 1:
-                await asyncio.sleep(0.01)
-            ray.kill(made._engine, no_restart=True)
-            with pytest.raises(Unavailable):
-                await asyncio.wait_for(task, AT_ONCE / 2)
+    async def body(channel):
+        task = asyncio.create_task(ask(channel, greedy("r", (1, 2), ENDLESS - 8)))
+        while (await channel.load()).running < 1:
+            await asyncio.sleep(0.01)
+        ray.kill(made._engine, no_restart=True)
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(task, AT_ONCE / 2)
 
-        talk(made, body)
+    talk(made, body)
+    made.close()
     assert all(gone(pid) for pid in pids)
 
 
@@ -282,7 +303,7 @@ def none_left(seconds: float = AT_ONCE) -> bool:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"max_model_len": 2 * LONG}, "max-model-len"),
+        ({"max_model_len": 100_000}, "max-model-len"),
         ({"block_size": 48}, "block-size"),
         ({"total_blocks": 1 << 40, "max_num_seqs": 1 << 40}, "free"),
     ],
