@@ -67,9 +67,8 @@ class Pair:
             self._node.close()  # it powers off
             self.two.cable("up")
             self._node.enter_context(raylet(self.two, self.one))
-        wait_until(
-            lambda: self.observer.look()["nodes"] == 2, AT_ONCE
-        )  # what was there before has been missed
+        # What was there before has been missed.
+        wait_until(lambda: self.observer.look()["nodes"] == 2, AT_ONCE)
 
     def command(self, *arguments: str) -> subprocess.Popen:
         """`tramontane ARGUMENTS` on the first host."""
