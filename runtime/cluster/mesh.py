@@ -26,7 +26,7 @@ from runtime.wire.connection import Connection, Listener
 from runtime.wire.messages import Hello, WireError
 
 JOIN_SECONDS = 60.0
-LEAVE_SECONDS = 5.0
+LEAVE_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)

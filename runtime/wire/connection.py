@@ -15,6 +15,7 @@ LENGTH = struct.Struct("<I")
 TIMEVAL = struct.Struct("@ll")  # seconds and microseconds, as the kernel takes them
 MAX_FRAME = 64 << 20  # bytes; a 128k-token prompt takes less than one
 LOST_SECONDS = 4
+TURNS = 8  # in which a wait for the peer is bounded
 HELLO_SECONDS = 10.0  # a stranger may hold a connection no longer
 HELLO_BYTES = 4096  # nor announce a larger first message
 
@@ -97,9 +98,10 @@ class Connection:
 
     def set_timeout(self, seconds: float | None) -> None:
         """Bound the wait for the peer's next bytes in each later `receive`; None waits for ever. Sending is
-        not bounded: a timeout of Python's would be, so it is the kernel's."""
+        not bounded: a timeout of Python's would be, so it is the kernel's. The time is waited for in turns: a
+        machine that stands still for as long ends one of them, and the peer has the others to be heard."""
         self._patience = seconds or 0.0
-        whole, part = divmod(self._patience, 1.0)
+        whole, part = divmod(self._patience / TURNS, 1.0)
         limit = TIMEVAL.pack(int(whole), int(part * 1e6))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
@@ -120,15 +122,20 @@ class Connection:
     def _read(self, size: int) -> bytearray:
         data = bytearray(size)
         view = memoryview(data)
+        silent = 0  # turns
         while view:
             try:
                 count = self._sock.recv_into(view)
             except BlockingIOError:
+                silent += 1
+                if silent < TURNS:
+                    continue
                 raise WireError(f"nothing was heard of the peer for {self._patience:g} s") from None
             except OSError as error:
                 raise WireError(f"the peer is gone: {error}") from None
             if count == 0:
                 raise WireError("the peer hung up")
+            silent = 0
             view = view[count:]
         return data
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 import runtime.wire.connection as module
-from runtime.wire.connection import LENGTH, MAX_FRAME, Connection, Listener
+from runtime.wire.connection import LENGTH, MAX_FRAME, TURNS, Connection, Listener
 from runtime.wire.messages import Hello, WireError, encode
 
 TOKEN = "a secret"
@@ -192,6 +192,32 @@ def test_silence_beyond_a_timeout_is_an_error(door):
     near, _far = pair(door)
     near.set_timeout(0.2)
     with pytest.raises(WireError, match=r"nothing was heard of the peer for 0\.2 s"):
+        near.receive()
+
+
+class Expiring:
+    """A socket whose wait for bytes runs out so many times, whatever has come: as when its machine stood
+    still for as long."""
+
+    def __init__(self, sock, times):
+        self._sock, self.left = sock, times
+
+    def recv_into(self, view):
+        self.left -= 1
+        if self.left >= 0:
+            raise BlockingIOError
+        return self._sock.recv_into(view)
+
+
+def test_a_peer_has_several_turns_to_be_heard(door):
+    near, far = pair(door)
+    near.set_timeout(LONG)
+    far.send("beat", 1)
+    near._sock = Expiring(near._sock, TURNS - 1)
+    assert near.receive() == ("beat", 1)
+    far.send("beat", 2)
+    near._sock.left = TURNS
+    with pytest.raises(WireError, match="nothing was heard"):
         near.receive()
 
 
