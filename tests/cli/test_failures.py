@@ -86,7 +86,7 @@ def test_settings_that_cannot_be(command, options, fragments, tiny):
         (["--seed", str(2**64)], "seed"),
         (["--max-tokens", "0"], "max_tokens"),
         (["--max-tokens", "256"], "max_tokens"),
-        (["--logprobs", "1000"], "logprobs"),
+        (["--logprobs", "1000", "--json"], "logprobs"),
         (["--stop", ""], "stop"),
         (["--prompt", "\udcff"], "prompt"),
         (["--prompt", "word " * 1000], "prompt"),
