@@ -1,9 +1,10 @@
 """Tells the weights of one model from those of another, without reading them all.
 
-A digest of what the header says of every tensor, and of a sample of each one's bytes. Two files that differ
-in a tensor's type or shape, or anywhere in a sample, have other digests: so have fine-tunes, merges and
-quantisations, which change every row of some tensor at least. A file that was changed in single places
-between the samples has not; this guards against mistakes, not against an adversary. Knows no model.
+A digest of what the header says of every tensor, of a sample of each one's bytes, and of the vocabulary,
+which says where replies end. Two files that differ in a tensor's type or shape, or anywhere in a sample, have
+other digests: so have fine-tunes, merges and quantisations, which change every row of some tensor at least. A
+file that was changed in single places between the samples has not; this guards against mistakes, not against
+an adversary. Knows no model.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from runtime.errors import BadModelFile
 from runtime.weights.checkpoint import Checkpoint, open_to_read
 from runtime.weights.formats import TensorInfo
 from runtime.weights.packed import PackedInfo
+from runtime.weights.vocabulary import vocabulary_digest
 
 SAMPLE = 4096  # bytes from the middle of each tensor, or all of a shorter one
 
 
 def fingerprint(checkpoint: Checkpoint, also: str = "") -> str:
     """32 bits in hexadecimal, whatever the file is called and wherever it lies; `also` is what else tells
-    models apart. Reads some 4 KiB a tensor.
+    models apart. Reads some 4 KiB a tensor, and a folder's tokenizer files.
 
     Raises BadModelFile, naming the file, and the tensor that it no longer holds whole."""
-    digest = hashlib.sha256(also.encode())
+    digest = hashlib.sha256(also.encode() + vocabulary_digest(checkpoint))
     with ExitStack() as stack:
         opened: dict[str, int] = {}
         for name, info in sorted(checkpoint.tensors.items()):
