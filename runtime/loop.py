@@ -102,6 +102,17 @@ class EngineLoop:
     def ranks_lost(self, detail: str) -> None:
         self._post(lambda: self._ranks_lost(detail))
 
+    def when_lost(self, tell: Callable[[str], None]) -> None:
+        """`tell` gets why the ranks are lost, when they are or at once if they have been, on any thread. Of
+        several, the last one is told."""
+
+        def watch() -> None:
+            self.on_lost = tell
+            if self._lost is not None:
+                tell(self._lost)
+
+        self._post(watch, lambda error: tell(str(error)))
+
     def close(self) -> None:
         """End every request, stop the ranks and the thread. What is asked later is refused."""
         self._post(self._stop)

@@ -170,6 +170,17 @@ def test_ranks_that_fail_or_lie_end_every_stream(running, answer):
     assert isinstance(later[-1], Unavailable)
 
 
+def test_who_asks_later_hears_of_a_loss_too(running):
+    loop = running(Ranks(fails))
+    assert ask(loop, "r", (1,), 5).rest()
+    heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+    loop.when_lost(heard.put)
+    assert heard.get(timeout=AT_ONCE)
+    loop.close()
+    loop.when_lost(heard.put)
+    assert heard.get(timeout=AT_ONCE) == "the engine was stopped"
+
+
 def test_lost_ranks_end_every_stream_once(running):
     on_the_way, told = threading.Event(), threading.Event()
 

@@ -210,10 +210,12 @@ class EngineActor:
     def _tell_lost(self, detail: str) -> None:
         from runtime.wire.messages import encode
 
-        _leave()  # whatever becomes of the rest
-        frame = encode("lost", detail)
-        for outbox in list(self._outboxes):
-            outbox.put(frame)  # behind the last outputs of its requests
+        try:
+            frame = encode("lost", detail)
+            for outbox in list(self._outboxes):
+                outbox.put(frame)  # behind the last outputs of its requests
+        finally:
+            _leave()
 
 
 def _leave() -> None:

@@ -241,7 +241,7 @@ class _Local:
             if not here.is_closed():  # an engine that is closed last tells so too
                 here.call_soon_threadsafe(lambda: detail.done() or detail.set_result(text))
 
-        self._engine.loop.on_lost = tell
+        self._engine.loop.when_lost(tell)
         return await detail
 
     def close(self) -> None:

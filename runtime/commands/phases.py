@@ -29,4 +29,7 @@ def process_start() -> float:
     process = psutil.Process()
     if not hasattr(time, "CLOCK_BOOTTIME"):
         return process.create_time()
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + process.create_time() - psutil.boot_time()
+    since_boot = process.create_time() - psutil.boot_time()
+    # Read in this order, a pause between the two makes a start later and not earlier than its process.
+    uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.time() - uptime + since_boot
