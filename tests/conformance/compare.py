@@ -10,6 +10,12 @@ from itertools import zip_longest
 from runtime.types import TokenLogprob, TokenScore
 from tests.replies import Reply
 
+# What runs meet on their way, as a tally calls it. Guesses come from the text, from a draft model, or from a
+# scenario that knows the reply.
+PREEMPTED, FOUND, EVICTED = "preemptions", "tokens found in the prefix cache", "blocks evicted from it"
+RIGHT, WRONG = "guesses from {} that were right", "guesses from {} that were wrong"
+TEXT, MODEL, PLAN = "the text", "a draft model", "the plain reply"
+
 
 @dataclass
 class Tally:

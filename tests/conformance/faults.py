@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from kernels.linear import Fp32Weight, linear
+from kernels.native.attention import SEGMENT
+from runtime.engine import speculation
 from runtime.model import forward, runner
 from runtime.model.pipe import ThreadPipe
 from runtime.model.reduce import UnitSum
@@ -101,10 +103,46 @@ def plant_credulity(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(runner, "sample_ahead", believe)
 
 
+def plant_credulous_lookup(patch: pytest.MonkeyPatch) -> None:
+    """What the text foresees stands as it is; a draft model's guesses are checked."""
+    guess, sample_ahead = speculation.Lookup.guess, runner.sample_ahead
+    foreseen = set()
+
+    def remember(self, most):
+        guesses = guess(self, most)
+        foreseen.add(guesses)
+        return guesses
+
+    def believe(logits, states, at, drafts):
+        found = sample_ahead(logits, states, at, drafts)
+        for guesses, choices in zip(drafts, found, strict=True):
+            if len(choices) <= len(guesses) and tuple(guesses) in foreseen:
+                choices[-1] = replace(choices[-1], token=guesses[len(choices) - 1])
+        return found
+
+    patch.setattr(speculation.Lookup, "guess", remember)
+    patch.setattr(runner, "sample_ahead", believe)
+
+
+def plant_far_company(patch: pytest.MonkeyPatch) -> None:
+    """Past the first segment of attention, a row is not the same alone and beside another sequence."""
+    layers = forward.Forward.layers
+
+    def apart(self, x, batch):
+        x = layers(self, x, batch)
+        if (batch.positions.diff() != 1).any():
+            x[batch.positions >= SEGMENT] *= 1.0001
+        return x
+
+    patch.setattr(forward.Forward, "layers", apart)
+
+
 FAULTS: dict[str, Plant] = {
     "a matmul that depends on the batch": plant_batch_dependent_matmul,
     "a tree that depends on the degree": plant_tree_of_the_degree,
     "a seed keyed by the step": plant_seed_by_step,
     "a guess that stands for being likely": plant_credulity,
     "a residual rounded between stages": plant_rounded_stages,
+    "a guess from the text that stands unchecked": plant_credulous_lookup,
+    "company that shows from the second segment on": plant_far_company,
 }

@@ -13,7 +13,7 @@ from tests.conformance.models import Model
 PLAIN = {"max_num_seqs": 1, "prefix_cache": False, "max_step_tokens": 4096}
 SETTINGS = (
     {"block_size": 16},
-    {"block_size": 4, "total_blocks": 40, "max_chunk": 7},
+    {"block_size": 4, "total_blocks": 160, "max_chunk": 7},
     {"tp": 2, "block_size": 8},
     {"tp": 3, "prefix_cache": False},
 )

@@ -26,11 +26,13 @@ from runtime.model.runners import StepRunner
 from runtime.tokenizer.load import load_tokenizer
 from runtime.types import Request
 from tests.conformance.plain import Plain
-from tests.conformance.requests import request_list
+from tests.conformance.requests import growing, request_list
+from tests.conformance.watch import Watch
 from tests.support import fixture_path, smollm2_path
 from tests.weights.tiny import write_tiny_llama
 
-CONTEXT = 128  # most tokens of prompt and reply, of every model here
+CONTEXT = 560  # most tokens of prompt and reply: past two segments of attention in fp32, four elsewhere
+LARGE_CONTEXT = 300  # the same of models that take their time: past two segments
 
 # Shapes whose cuts are uneven, each on another road through the operators: int4 throughout, over eight units;
 # int4, bf16 and K-quants mixed, over three of which one has fewer FFN channels; fp32 throughout, over five.
@@ -77,24 +79,30 @@ def real_paths() -> Iterator[Path | str]:
 class Model:
     """A model that is read once for each number of ranks, its requests, and their plain replies."""
 
-    def __init__(self, path: Path, *, longest: int = 8, every: int = 1):
-        """`longest`: tokens of a reply. `every`: only every so many-th of the requests."""
+    def __init__(self, path: Path, *, longest: int = 8, every: int = 1, context: int = CONTEXT):
+        """`longest`: tokens of a reply. `every`: only every so many-th of the requests. `context`: most
+        tokens of prompt and reply, if the model has so many."""
         self.path = path
         self.config = ModelConfig(str(path))
         self.opened = open_model(self.config)
         self.units = len(self.opened.units)
         self.layers = self.opened.spec.layers
-        self.context = min(CONTEXT, self.opened.spec.context_length)
+        self.context = min(context, self.opened.spec.context_length)
         self.tokenizer = load_tokenizer(self.opened.checkpoint.metadata, file=str(path))
         self.requests: list[Request] = request_list(
             self.tokenizer.encode, self.opened.spec.vocab, self.context, longest=longest
         )[::every]
+        self.growing = growing(self.requests, 5 * longest)
         self._shards: dict[tuple[int, int], list] = {}
         self._reading = threading.Lock()
 
     @cached_property
     def plain(self) -> Plain:
         return Plain(self.shards(1)[0], self.context)
+
+    def room(self, requests: Sequence[Request], block_size: int) -> int:
+        """Blocks for the largest of the requests alone, and two more: all of them together have to fight."""
+        return 2 + max(-(-(len(r.prompt) + r.params.max_tokens) // block_size) for r in requests)
 
     def shards(self, tp: int, pp: int = 1) -> list:
         with self._reading:
@@ -133,10 +141,11 @@ class Model:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         loop = EngineLoop(config, LocalRanks(self.runners(config, tp, pp, draft)), self.opened.spec.vocab)
+        watch = Watch(loop._engine)
         loop.start()
         try:
             info = engine_info(self.opened, self.config, config, tp, pp=pp)
-            yield Serving(loop, LocalClient(loop, info), config)
+            yield Serving(loop, LocalClient(loop, info), config, watch)
         finally:
             loop.close()
             torch.set_num_threads(before)
@@ -163,7 +172,8 @@ class Doubtful:
 class Serving:
     """A running loop and the client that talks to it."""
 
-    def __init__(self, loop: EngineLoop, client: LocalClient, config: EngineConfig):
+    def __init__(self, loop: EngineLoop, client: LocalClient, config: EngineConfig, watch: Watch):
         self.loop = loop
         self.client = client
         self.config = config
+        self.watch = watch

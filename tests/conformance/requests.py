@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from runtime.types import Request
+from runtime.types import Request, SamplingParams
 from tests.rule.requests import PARAMS
 
 # Scripts of one to four bytes a character, with and without spaces, from the left and from the right.
@@ -26,26 +26,64 @@ TEXTS = (
     "🌬️🏔️→🌊 14 °C, 62 kt; 👩‍👩‍👧 said “brr”… ",
     "def gust(knots: float) -> str:\n    return 'gale' if knots >= 34 else f'{knots:.1f}'\n",
 )
-PROMPTS = (1, 5, 16, 17, 33, 64, 65, 0)  # tokens; 0: all that the context has room for
+# Tokens of the prompts, as far as the context has room; 0: all of it. With its reply one crosses every border
+# of attention's segments, which are of 128 positions, and of 512 in fp32.
+PROMPTS = (1, 5, 16, 17, 33, 127, 65, 0, 1, 5, 16, 17, 33, 64, 129, 255, 509, 24, 40)
+
+
+# Replies that repeat themselves, so that guesses from the text are tried: by how many tokens are much
+# likelier than all others, with what else. One token is foreseen all the time, two are at times.
+REPEATS = (
+    (2, SamplingParams(temperature=5.0, seed=21, logprobs=1)),  # hot enough for any model to doubt
+    (1, SamplingParams(temperature=0.0, logprobs=0)),
+    (2, SamplingParams(temperature=0.0, frequency_penalty=0.5)),
+    (1, SamplingParams(temperature=1.0, seed=22, logprobs=2)),
+)
+LIKELIER = 100.0  # logits
+REPEATED = 24  # tokens, at the least, of which some repeat others
+SHORT = 33  # tokens of a prompt
 
 
 def request_list(
     encode: Callable[[str], Sequence[int]], vocab: int, context: int, *, longest: int
 ) -> list[Request]:
-    """Requests with replies of up to `longest` tokens, all seeded, some of which share a beginning, and
-    some with stop tokens that do come up."""
+    """Requests with replies of up to `longest` tokens, or three times as many where they repeat
+    themselves. All are seeded; some share a beginning, some have stop tokens that do come up."""
     rng = np.random.default_rng(vocab)
     texts = [list(encode(text)) for text in TEXTS]
     made = []
-    for i, params in enumerate([*PARAMS, *PARAMS[:4]]):
+    plain = [*PARAMS, *PARAMS[:3]]
+    for i, length in enumerate(PROMPTS):
+        if repeats := i >= len(plain):
+            few, params = REPEATS[i - len(plain)]
+            likely = rng.choice(vocab, few, replace=False).tolist()
+            params = replace(params, logit_bias=tuple((token, LIKELIER) for token in sorted(likely)))
+        else:
+            params = plain[i]
         most = longest - i % 5 if i != 8 else 2 * longest
+        if repeats:
+            most = max(REPEATED, 3 * longest)
         room = context - most - 1
-        length = min(PROMPTS[i % len(PROMPTS)] or room, room)
+        length = min(length or room, room)
         first = texts[0] if i % 3 == 0 else []
         own = texts[i % len(texts)]
         prompt = (first[: length - length // 4] + own * (length // len(own) + 1))[:length]
         few = min(vocab // 16, 1000)  # the gateway takes 1,024
-        stops = tuple(rng.choice(vocab, few, replace=False).tolist()) if i % 4 in (1, 3) else ()
+        stops = (
+            tuple(rng.choice(vocab, few, replace=False).tolist()) if i % 4 in (1, 3) and not repeats else ()
+        )
         seed = params.seed if params.seed is not None else i
         made.append(Request(f"r{i}", tuple(prompt), replace(params, seed=seed, max_tokens=most), stops))
     return made
+
+
+def growing(requests: Sequence[Request], tokens: int) -> list[Request]:
+    """Those with short prompts, with replies of `tokens` tokens: in a small room they take it from each
+    other, again and again."""
+    short = [request for request in requests if len(request.prompt) <= SHORT]
+    return [
+        replace(
+            r, request_id=f"{r.request_id}+", params=replace(r.params, max_tokens=tokens, min_tokens=tokens)
+        )
+        for r in short
+    ]

@@ -15,8 +15,21 @@ from runtime.engine.sequence import Sequence
 from runtime.engine.speculation import Guesser
 from runtime.local import LocalRanks
 from runtime.types import Branch, Finished, Output, Request, ScoreOutput, StepPlan, StepResult, TokenOutput
-from tests.conformance.compare import Tally, encode_reply, encode_scores
+from tests.conformance.compare import (
+    EVICTED,
+    FOUND,
+    MODEL,
+    PLAN,
+    PREEMPTED,
+    RIGHT,
+    TEXT,
+    WRONG,
+    Tally,
+    encode_reply,
+    encode_scores,
+)
 from tests.conformance.models import Model
+from tests.conformance.watch import Watch
 from tests.replies import Reply
 
 STEP_SECONDS = 60.0  # a step that takes longer hangs
@@ -95,7 +108,7 @@ class Play:
         engine = Guessing if scenario.draft == "plan" else Engine
         self._engine = engine(self._config, scenario.steps_in_flight)
         self._engine.play = self
-        self._evicted = self._named = 0
+        self._watch = Watch(self._engine)
 
     def run(self) -> Tally:
         results: queue.SimpleQueue[StepResult | str] = queue.SimpleQueue()
@@ -114,11 +127,12 @@ class Play:
             self._compare(stream)
         self.tally.note("scenarios", 1)
         self.tally.note("plans", self._plans)
-        self.tally.note("preemptions", load.preemptions)
-        self.tally.note("tokens found in the prefix cache", load.prefix_hit_tokens)
-        self.tally.note("blocks evicted from it", self._evicted)
-        self.tally.note("guesses that were right", load.accepted_tokens)
-        self.tally.note("guesses that were wrong", load.drafted_tokens - load.accepted_tokens)
+        source = {"": TEXT, "plan": PLAN}.get(scenario.draft, MODEL)
+        self.tally.note(PREEMPTED, load.preemptions)
+        self.tally.note(FOUND, load.prefix_hit_tokens)
+        self.tally.note(EVICTED, self._watch.evicted)
+        self.tally.note(RIGHT.format(source), load.accepted_tokens)
+        self.tally.note(WRONG.format(source), load.drafted_tokens - load.accepted_tokens)
         return self.tally
 
     def _drive(self, ranks: LocalRanks, results: queue.SimpleQueue) -> None:
@@ -135,18 +149,11 @@ class Play:
             if plan is not None:
                 self._plans += 1
                 self.trace.append(describe(plan))
-                self._watch()
                 ranks.submit(plan)
                 continue
             result = results.get(timeout=STEP_SECONDS)
             assert isinstance(result, StepResult), result
             self._receive(self._engine.step_finished(result, 0.0))
-
-    def _watch(self) -> None:
-        """Keys of blocks go away only by eviction; those named since the last look may hide some."""
-        named = len(self._engine._scheduler.pool.key_of)
-        self._evicted += max(0, self._named - named)
-        self._named = named
 
     def _add(self, arrival: Arrival) -> None:
         asked = self.model.requests[arrival.request]

@@ -58,7 +58,7 @@ def scenarios(model: Model) -> st.SearchStrategy[Scenario]:
         asked += [model.requests[a.request] for a in coming]
         largest = max(-(-(len(r.prompt) + r.params.max_tokens) // block) for r in asked)
         begun = sum(-(-len(r.prompt) // block) for r in asked)
-        rooms = [begun, begun + 1, begun // 2, 0] if tight else [64 * model.context // block, begun]
+        rooms = [begun, begun + 1, begun // 2, 0] if tight else [16 * model.context // block, begun]
         rooms += [] if crowd else [0]
         draft = draw(st.sampled_from(["", "", "plan", "right", "doubtful"]))
         return Scenario(

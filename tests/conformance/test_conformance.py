@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.native import machine
+from runtime.model.load import numerics
 from runtime.types import FinishReason, TokenLogprob
 from tests.conformance.cluster import run_cluster
-from tests.conformance.compare import Tally, differing_bits, encode_reply
+from tests.conformance.compare import PREEMPTED, RIGHT, TEXT, WRONG, Tally, differing_bits, encode_reply
 from tests.conformance.gateway import run_gateway
-from tests.conformance.models import CONTEXT, TINY, Model
+from tests.conformance.models import CONTEXT, LARGE_CONTEXT, TINY, Model
 from tests.conformance.replicas import run_replicas
 from tests.conformance.scenario import Arrival, Play, Scenario
 from tests.conformance.search import search
-from tests.conformance.ways import Way, run_way, ways
+from tests.conformance.ways import Idle, Way, run_way, ways
 from tests.replies import Reply
 from tests.support import REPOSITORY, fixture_path
 
@@ -37,6 +39,8 @@ EVERYTHING = Scenario(
         *(Arrival(4, at=90, scores=True), Arrival(10, at=120)),
     ),
 )
+# The same of guesses from the text. Those that come alone repeat themselves all the time, and at times.
+REPEATING = Scenario(block_size=16, arrivals=(Arrival(18), Arrival(17, at=40), Arrival(15, at=90)))
 SCENARIOS = {"mixed-u3": 130, "fp32-u5": 50, "int4-u8": 20}  # 200 in all, most where a step costs least
 
 
@@ -62,10 +66,7 @@ def test_every_way(models, name):
         tally.take(run_way(model, way, SEED))
     tally.take(run_gateway(model))
     none_differ(tally)
-    for met in (
-        *("preemptions", "tokens found in the prefix cache", "stop strings found", "replies resumed"),
-        *("guesses that were right", "guesses that were wrong"),
-    ):
+    for met in ("stop strings found", "replies resumed", WRONG.format(TEXT)):  # ways ask for the rest
         assert tally.seen[met] > 0, met
 
 
@@ -79,6 +80,33 @@ def test_random_scenarios(models, name):
         every = Play(models[name], EVERYTHING).run()
         none_differ(every)
         assert len(every.seen) == 10 and all(every.seen.values()), every.seen
+        repeating = Play(models[name], REPEATING).run()
+        none_differ(repeating)
+        assert repeating.seen[RIGHT.format(TEXT)] > 10 and repeating.seen[WRONG.format(TEXT)], repeating.seen
+
+
+def test_a_way_must_meet_what_it_is_about(models):
+    """Else it would show nothing, and say that nothing differs."""
+    idle = Way("roomy", {"block_size": 16}, meets=(PREEMPTED,))
+    with pytest.raises(Idle, match="roomy: no preemptions"):
+        run_way(models["mixed-u3"], idle, SEED)
+    narrow = Way("narrow", {"max_num_seqs": 2}, batch=3)
+    with pytest.raises(Idle, match="narrow: no plan sampled for more than 2"):
+        run_way(models["mixed-u3"], narrow, SEED)
+
+
+@pytest.mark.skipif(
+    not machine.supported(), reason="operations of our own do not serve here: torch's do anyway"
+)
+@pytest.mark.parametrize("name", ["int4-u8", "mixed-u3"])
+def test_by_torchs_operators(tiny, monkeypatch, name):
+    """What serves where there is no AMX."""
+    monkeypatch.setattr(machine, "supported", lambda: False)
+    model, tally = Model(tiny(context=CONTEXT, **TINY[name])), Tally()
+    assert ".native" not in numerics(model.opened)
+    for way in list(ways(model))[1 :: 6 if model.units == 8 else 4]:
+        tally.take(run_way(model, way, SEED))
+    none_differ(tally)
 
 
 def test_engines_that_are_lost(models):
@@ -104,13 +132,14 @@ def test_a_trained_model(file):
     none_differ(tally)
 
 
-LARGE = (
-    Way("in batches of 3", {"max_num_seqs": 3}),
-    Way("chunks of 7", {"max_chunk": 7, "prefix_cache": False}),
-    Way("a small room", {"block_size": 4, "total_blocks": CONTEXT // 4 + 2}, rounds=2),
-    Way("resumed", {"block_size": 16, "max_num_seqs": 16}, "resumed"),
-    Way("3 ranks", {"tp": 3, "max_chunk": 33}),
-)
+LARGE = {
+    "in batches of 3",
+    "chunks of 7",
+    "preempted again and again",
+    "prefix cache, evicted all the time",
+    "resumed after every number of tokens",
+    "3 ranks",
+}
 
 
 @pytest.mark.slow
@@ -124,9 +153,11 @@ def test_padded_smollm2():
 
 
 def large(path: Path) -> None:
-    model, tally = Model(path, every=5, longest=5), Tally()
-    for way in LARGE:
-        tally.take(run_way(model, way, SEED))
+    model, tally = Model(path, every=5, longest=5, context=LARGE_CONTEXT), Tally()
+    for way in ways(model):
+        if way.name in LARGE:
+            tally.take(run_way(model, way, SEED))
+    assert tally.seen["ways"] == len(LARGE)
     tally.take(search(model, 2, SEED))
     none_differ(tally)
 

@@ -13,10 +13,21 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from runtime.types import Branch, Load, Request
-from tests.conformance.compare import Tally, encode_reply, encode_scores
-from tests.conformance.models import Model
+from tests.conformance.compare import (
+    EVICTED,
+    FOUND,
+    MODEL,
+    PREEMPTED,
+    RIGHT,
+    TEXT,
+    WRONG,
+    Tally,
+    encode_reply,
+    encode_scores,
+)
+from tests.conformance.models import Model, Serving
 from tests.replies import ask_all, ask_choices, ask_in_turn
-from tests.rule.engines import check_idle
+from tests.rule.engines import at_once, check_idle
 from tests.rule.requests import named
 from tests.rule.test_score import scores_of
 
@@ -24,59 +35,70 @@ from tests.rule.test_score import scores_of
 @dataclass(frozen=True)
 class Way:
     """`settings`: of the engine, with tp, pp and threads. `copies`: how often each request is in the batch.
-    `rounds`: how often all is asked, one time after the other. `ask`: what is asked, by name in ASKS."""
+    `rounds`: how often all is asked, one time after the other. `ask`: what is asked, by name in ASKS.
+    `growing`: short prompts with long replies are asked, in a room that hardly holds one of them.
+    `batch`: sequences that one plan must have sampled for. `meets`: what must be met on the way, as it is
+    called in the tally; a way that did not meet it has shown nothing."""
 
     name: str
     settings: dict = field(default_factory=dict)
     ask: str = "together"
     copies: int = 1
     rounds: int = 1
-    units: int = 1  # least of a model that can run it
+    growing: bool = False
+    batch: int = 1
+    meets: tuple[str, ...] = ()
 
 
-SMALL = 16  # positions a block where blocks are to be shared or fought for
+SMALL = 16  # positions a block where blocks are to be shared
+TINY_BLOCK = 4  # where they are to be fought for
 
 
 def ways(model: Model) -> Iterator[Way]:
     """Those that the model can run."""
-    tight = -(-model.context // 4) + 2  # blocks: one full context, hardly more
     room = {"max_num_seqs": 64, "block_size": SMALL}
     per_context = -(-model.context // SMALL)
-    # A crowd of 64 fits as many copies of the list as it takes; whoever finds no place waits.
-    crowd = -(-64 // len(model.requests))
+    # For the list, in which some have much to begin with, and for those that grow.
+    small = {"block_size": TINY_BLOCK, "total_blocks": model.room(model.requests, TINY_BLOCK)}
+    fought = {"block_size": TINY_BLOCK, "total_blocks": model.room(model.growing, TINY_BLOCK)}
+    preempted = {"growing": True, "meets": (PREEMPTED,)}
+    guessed = {"meets": (RIGHT.format(MODEL), WRONG.format(MODEL))}
+
+    def batch(n: int) -> Way:
+        settings = {"max_num_seqs": n, "block_size": SMALL, "max_step_tokens": 8192}
+        if n > 16:
+            settings["total_blocks"] = n * per_context
+        return Way(f"in batches of {n}", settings, copies=-(-n // len(model.requests)), batch=n)
+
     made = [
-        Way("one after the other", ask="in turn"),
-        *[Way(f"in batches of {n}", {"max_num_seqs": n}) for n in (2, 3, 5, 8, 16, 32)],
-        Way("in a batch of 64", {**room, "total_blocks": 64 * per_context}, copies=crowd),
+        Way("one after the other", ask="in turn", meets=(RIGHT.format(TEXT),)),
+        *[batch(n) for n in (2, 3, 5, 8, 16, 32, 64)],
         *[
             Way(f"chunks of {n}", {"max_chunk": n, "prefix_cache": False, "block_size": SMALL})
             for n in (1, 7, 16, 33, 64)
         ],
-        Way("chunks without bound", {"max_step_tokens": 4096, "prefix_cache": False}),
+        Way("chunks without bound", {"max_step_tokens": 8192, "prefix_cache": False}),
         Way("a budget of 13 tokens a step", {"max_step_tokens": 13}),
         *[Way(f"blocks of {n}", {"block_size": n}) for n in (1, 8, 128)],
         Way("no prefix cache", {**room, "prefix_cache": False}, copies=2),
-        Way("prefix cache, cold and warm", room, "in turn", rounds=2),
-        Way("prefix cache, shared while it is made", room, copies=3),
-        Way(
-            "prefix cache, evicted all the time",
-            {"block_size": 4, "total_blocks": tight},
-            "in turn",
-            rounds=2,
-        ),
-        Way("preempted again and again", {"block_size": 4, "total_blocks": tight}, "together", copies=2),
-        Way("preempted, in chunks of 5", {"block_size": 4, "total_blocks": tight, "max_chunk": 5}),
+        Way("prefix cache, cold and warm", room, "in turn", rounds=2, meets=(FOUND,)),
+        Way("prefix cache, shared while it is made", room, copies=3, meets=(FOUND,)),
+        Way("prefix cache, evicted all the time", small, "in turn", rounds=2, meets=(FOUND, EVICTED)),
+        Way("preempted again and again", fought, copies=2, **preempted),
+        Way("preempted, in chunks of 5", {**fought, "max_chunk": 5}, copies=2, **preempted),
+        Way("a small room", small, copies=2),
         Way("without guesses", {"draft_tokens": 0}),
-        Way("guesses that are right", {**room, "draft": "right"}),
-        Way("guesses that are doubtful, one after the other", {"draft": "doubtful"}, "in turn"),
+        Way("guesses that are right", {**room, "draft": "right"}, meets=(RIGHT.format(MODEL),)),
+        Way("guesses that are doubtful, one after the other", {"draft": "doubtful"}, "in turn", **guessed),
         Way(
             "guesses that are doubtful, preempted, in chunks of 5",
-            {"draft": "doubtful", "block_size": 4, "total_blocks": tight, "max_chunk": 5},
+            {"draft": "doubtful", **fought, "max_chunk": 5},
             copies=2,
+            **preempted,
         ),
         Way("two threads", {"threads": 2}),
         Way("resumed after every number of tokens", room, "resumed"),
-        Way("resumed, in a small room", {"block_size": 4, "total_blocks": 2 * tight}, "resumed"),
+        Way("resumed, in a small room", small, "resumed"),
         Way("three choices each", room, "choices"),
         Way("prompts scored beside replies", {**room, "max_chunk": 11}, "scores"),
     ]
@@ -85,14 +107,18 @@ def ways(model: Model) -> Iterator[Way]:
             Way(f"{tp} ranks", {"tp": tp, "block_size": SMALL}),
             Way(
                 f"{tp} ranks, preempted, in chunks of 13",
-                {"tp": tp, "max_chunk": 13, "block_size": 4, "total_blocks": tight},
+                {"tp": tp, **fought, "max_chunk": 13},
+                copies=2,
+                **preempted,
             ),
         ]
     made += [
         Way("2 stages", {"pp": 2, "block_size": SMALL}),
         Way(
             "2 stages, preempted, in chunks of 13",
-            {"pp": 2, "max_chunk": 13, "block_size": 4, "total_blocks": tight},
+            {"pp": 2, **fought, "max_chunk": 13},
+            copies=2,
+            **preempted,
         ),
         Way("a stage a layer, at most 6", {"pp": min(6, model.layers), **room}, "together", copies=2),
     ]
@@ -105,8 +131,8 @@ def ways(model: Model) -> Iterator[Way]:
             ),
             Way("2 stages of all ranks, three choices each", {"pp": 2, "tp": model.units, **room}, "choices"),
             Way("2 stages of 2 ranks, prompts scored beside replies", {"pp": 2, "tp": 2, **room}, "scores"),
-            Way("2 ranks, one after the other", {"tp": 2}, "in turn"),
-            Way("2 ranks, guesses that are doubtful", {"tp": 2, "draft": "doubtful", **room}),
+            Way("2 ranks, one after the other", {"tp": 2}, "in turn", meets=(RIGHT.format(TEXT),)),
+            Way("2 ranks, guesses that are doubtful", {"tp": 2, "draft": "doubtful", **room}, **guessed),
             Way(
                 "all ranks, guesses that are doubtful, resumed",
                 {"tp": model.units, "draft": "doubtful", **room},
@@ -118,38 +144,64 @@ def ways(model: Model) -> Iterator[Way]:
     yield from made
 
 
+class Idle(AssertionError):
+    """A way that did not meet what it is about."""
+
+
 def run_way(model: Model, way: Way, seed: int) -> Tally:
-    """Serve and compare. `seed` shuffles the arrivals."""
+    """Serve and compare. `seed` shuffles the arrivals. Raises Idle."""
     settings = {"max_num_seqs": 16, **way.settings}
     with model.serving(**settings) as serving:
-        tally = serve_way(model, way, seed, lambda: nullcontext(serving.client))
+        tally = serve_way(model, way, seed, lambda: nullcontext(serving.client), serving)
         check_idle(serving)
+    tally.note(EVICTED, serving.watch.evicted)
+    if tally.bits:  # which says enough
+        return tally
+    if serving.watch.largest < way.batch:
+        raise Idle(f"{way.name}: no plan sampled for more than {serving.watch.largest}")
+    if missed := [name for name in way.meets if not tally.seen[name]]:
+        raise Idle(f"{way.name}: no {', no '.join(missed)}")
     return tally
 
 
-def serve_way(model: Model, way: Way, seed: int, connect: Callable[[], AbstractAsyncContextManager]) -> Tally:
-    """The same against any engine with the way's settings; `connect` gives its client."""
+def serve_way(
+    model: Model,
+    way: Way,
+    seed: int,
+    connect: Callable[[], AbstractAsyncContextManager],
+    serving: Serving | None = None,
+) -> Tally:
+    """The same against any engine with the way's settings; `connect` gives its client. `serving`: that engine
+    where it is in this process, and is made to wait until all that comes together is there."""
 
     async def rounds() -> tuple[Tally, Load]:
         async with connect() as client:
-            return await _rounds(client, model, way, seed)
+            return await _rounds(client, model, way, seed, serving)
 
     tally, load = asyncio.run(rounds())
+    source = MODEL if way.settings.get("draft") else TEXT
     tally.note("ways", 1)
-    tally.note("preemptions", load.preemptions)
-    tally.note("tokens found in the prefix cache", load.prefix_hit_tokens)
-    tally.note("guesses that were right", load.accepted_tokens)
-    tally.note("guesses that were wrong", load.drafted_tokens - load.accepted_tokens)
+    tally.note(PREEMPTED, load.preemptions)
+    tally.note(FOUND, load.prefix_hit_tokens)
+    tally.note(RIGHT.format(source), load.accepted_tokens)
+    tally.note(WRONG.format(source), load.drafted_tokens - load.accepted_tokens)
     tally.differences = [f"{way.name}: {line}" for line in tally.differences]
     return tally
 
 
-async def _rounds(client, model: Model, way: Way, seed: int) -> tuple[Tally, Load]:
+async def _rounds(client, model: Model, way: Way, seed: int, serving: Serving | None) -> tuple[Tally, Load]:
     tally = Tally()
     for n in range(way.rounds):
-        asked = [request for copy in range(way.copies) for request in named(model.requests, f".{n}.{copy}")]
+        listed = model.growing if way.growing else model.requests
+        asked = [request for copy in range(way.copies) for request in named(listed, f".{n}.{copy}")]
         random.Random(f"{seed} {way.name} {n}").shuffle(asked)
-        tally.take(await _ASKS[way.ask](client, model, asked))
+        work = _ASKS[way.ask](client, model, asked)
+        if serving is not None and way.ask == "together":
+            for request in asked:
+                model.plain.reply(request)  # which takes the processor from the engine, at the latest now
+            tally.take(await at_once(serving, work, len(asked)))
+        else:
+            tally.take(await work)
     return tally, await client.load()
 
 
