@@ -10,8 +10,6 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
-import torch
-
 from runtime.capacity import kv_blocks
 from runtime.config import EngineConfig, ModelConfig, ParallelConfig
 from runtime.errors import TramontaneError
@@ -27,6 +25,7 @@ from runtime.model.runner import Watch
 from runtime.model.runners import StepRunner, answers, make_runner
 from runtime.model.stages import stage_layers
 from runtime.model.units import rank_units
+from runtime.threads import use_threads
 from runtime.types import EngineInfo, Finished, FinishReason, Load, Output, Request, StepPlan, StepResult
 
 Progress = Callable[[int, int], None]
@@ -176,7 +175,7 @@ class LocalEngine:
         if device == "cuda":
             check_block_size((engine or EngineConfig()).block_size)
         ranks = parallel.tp * parallel.pp
-        torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // ranks))
+        use_threads(parallel.threads or max(1, (os.cpu_count() or 1) // ranks), ranks)
         room = partial(
             kv_blocks, opened, engine or EngineConfig(), parallel, model.max_model_len, draft=draft
         )

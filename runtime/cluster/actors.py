@@ -63,8 +63,6 @@ class RankActor:
         self, model: ModelConfig, engine: EngineConfig, parallel: ParallelConfig, addresses: list
     ) -> RankReport:
         """Meet the other ranks and load this one's share of the weights."""
-        import torch
-
         from runtime.capacity import kv_blocks
         from runtime.cluster.gpu_peers import GpuCommunicator
         from runtime.cluster.mesh import Mesh
@@ -75,10 +73,11 @@ class RankActor:
         from runtime.model.gpu.limits import check_block_size
         from runtime.model.header import open_model
         from runtime.model.load import engine_info, load_shard
+        from runtime.threads import use_threads
 
         here = sum(address.host == addresses[self._rank].host for address in addresses)
         self._threads = parallel.threads or max(1, (os.cpu_count() or 1) // here)
-        torch.set_num_threads(self._threads)
+        use_threads(self._threads)
         opened = open_model(model, parallel.device)
         sharers = here if opened.device == "cpu" else 1
         draft = open_draft(model, opened, parallel)
@@ -113,12 +112,11 @@ class RankActor:
 
     def run(self, config: EngineConfig, host: str, port: int) -> str:
         """Execute the engine's plans until it hangs up; returns why it ended."""
-        import torch
-
         from runtime.cluster.rank_loop import run_rank
         from runtime.model.runners import make_runner
+        from runtime.threads import use_threads
 
-        torch.set_num_threads(self._threads)  # the setting belongs to the calling thread
+        use_threads(self._threads)  # the setting belongs to the calling thread
         if self._mesh is not None:
             self._mesh.settled()  # all ranks have loaded by now, and so joined
         runner = make_runner(

@@ -95,8 +95,9 @@ def engine_info(
 
 
 def numerics(opened: OpenModel) -> str:
-    """The name of all that may change a bit of a reply: how things are computed, with which weights, and what
-    the model's files say of its vocabulary and end tokens. Raises BadModelFile for files that cannot be read."""
+    """The name of all that may change a bit of a reply: how things are computed, with which weights, and
+    what the model's files say of its vocabulary and end tokens. Raises BadModelFile for files that cannot be
+    read."""
     weights = fingerprint(opened.checkpoint, also=repr(replace(opened.spec, name="")))
     units, quantize = len(opened.units), opened.quantize
     if opened.device == "cuda":
