@@ -4,18 +4,20 @@ On AMX, bf16 heads of a multiple of 32 channels go to `kernels.native.attention`
 then. The rest of this module is torch's operator, which serves everything else.
 
 What a row's bits are is defined by one call: 16 query rows of one KV head, KV padded to a multiple of 64
-(bf16) or of 512 (fp32), an additive mask. Called so, torch's CPU kernel gives a row the same bits whatever
-else stands in the tile, the batch or the padding (docs/numerics.md); called with any number of queries it
-does not. In bf16, tiles of 2 to 32 rows turn out to give the bits of 16. Where a comparison at start-up shows
-that they do (`tile_sizes`), single tokens go without padding rows, and prompts in tiles of 32.
+(bf16, where a comparison at start-up shows that it is enough) or of 512, an additive mask. Called so, torch's
+CPU kernel gives a row the same bits whatever else stands in the tile, the batch or the padding
+(docs/numerics.md); called with any number of queries it does not. In bf16, tiles of 2 to 32 rows turn out to
+give the bits of 16. Where a comparison at start-up shows that they do (`tile_sizes`), single tokens go
+without padding rows, and prompts in tiles of 32.
 The kernel reduces KV in segments of 512 absolute positions, in order; its fp32 products also depend on how
-long the last segment is, hence the coarser padding.
+long the last segment is, and so do bf16 ones where MKL has no AVX-512 for them: hence the coarser padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -24,7 +26,6 @@ from kernels.native import machine
 from kernels.native.attention import Tiles, lay_out
 
 __all__ = [
-    "KV_PAD",
     "TILE",
     "WIDE",
     "AttentionCall",
@@ -33,6 +34,7 @@ __all__ = [
     "block_run",
     "chunk_calls",
     "decode_call",
+    "kv_pad",
     "lay_out",
     "native_takes",
     "padded_blocks",
@@ -43,7 +45,8 @@ __all__ = [
 
 TILE = 16  # rows of the call that defines the bits
 WIDE = 32  # the most rows of a tile where their number is free
-KV_PAD = {torch.bfloat16: 64, torch.float32: 512}
+SEGMENT = 512  # positions that the kernel reduces at once
+FINE_PAD = 64  # positions, where the length of the last segment does not matter
 _MASK_LIMIT = 1 << 23  # mask elements of one call; longer work is cut into several calls
 
 
@@ -90,20 +93,48 @@ def tile_sizes(group: int, dim: int, dtype: torch.dtype) -> TileSizes:
 
 def _gives_bits_of_16(rows: int, dim: int) -> bool:
     dtype = torch.bfloat16
-    draw = torch.Generator().manual_seed(0)
     halves = (slice(0, TILE), slice(TILE, WIDE))
     for length in (64, 192, 512, 1088):
-        order = torch.randperm(length // 2, generator=draw)
-        q = torch.randn(2, 3, WIDE, dim, generator=draw).to(dtype)
-        k, v = (torch.randn(2, 3, length // 2, dim, generator=draw).to(dtype) for _ in range(2))
-        k, v = torch.cat((k, k[:, :, order]), dim=2), torch.cat((v, -v[:, :, order]), dim=2)
-        seen = torch.rand(2, 1, WIDE, length // 2, generator=draw) < 0.7
-        seen[..., 0] = True
-        mask = _additive(torch.cat((seen, seen[..., order]), dim=3), dtype)
+        length = -(-length // kv_pad(dtype)) * kv_pad(dtype)
+        q, k, v, mask = _cancelling(length, dim, dtype)
         defined = torch.cat([_attend(q[:, :, rows], k, v, mask[:, :, rows]) for rows in halves], dim=2)
         if not torch.equal(_attend(q[:, :, :rows], k, v, mask[:, :, :rows]), defined[:, :, :rows]):
             return False
     return True
+
+
+@cache
+def kv_pad(dtype: torch.dtype) -> int:
+    """Positions to a multiple of which KV is padded, so that bits do not show how much of it there is."""
+    fine = dtype == torch.bfloat16 and all(_hides_padding(dim) for dim in (8, 64, 128))
+    return FINE_PAD if fine else SEGMENT
+
+
+def _hides_padding(dim: int) -> bool:
+    """Whether 16 rows of bf16 have the same bits by KV padded to FINE_PAD and to SEGMENT."""
+    dtype = torch.bfloat16
+    for length in (FINE_PAD, 320, SEGMENT + 192):
+        q, k, v, mask = _cancelling(length, dim, dtype)
+        q, mask = q[:, :, :TILE], mask[:, :, :TILE]
+        more = -length % SEGMENT
+        k_padded, v_padded = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (k, v))
+        mask_padded = torch.nn.functional.pad(mask, (0, more), value=float("-inf"))
+        if not torch.equal(_attend(q, k, v, mask), _attend(q, k_padded, v_padded, mask_padded)):
+            return False
+    return True
+
+
+def _cancelling(length: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Queries, keys, values and mask of 2 tiles of WIDE rows on 3 heads, whose result is nothing but the
+    rounding of the sums on the way. `length` is even."""
+    draw = torch.Generator().manual_seed(length)
+    order = torch.randperm(length // 2, generator=draw)
+    q = torch.randn(2, 3, WIDE, dim, generator=draw).to(dtype)
+    k, v = (torch.randn(2, 3, length // 2, dim, generator=draw).to(dtype) for _ in range(2))
+    k, v = torch.cat((k, k[:, :, order]), dim=2), torch.cat((v, -v[:, :, order]), dim=2)
+    seen = torch.rand(2, 1, WIDE, length // 2, generator=draw) < 0.7
+    seen[..., 0] = True
+    return q, k, v, _additive(torch.cat((seen, seen[..., order]), dim=3), dtype)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -112,7 +143,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 
 def padded_blocks(positions: int, block_size: int, dtype: torch.dtype) -> int:
     """Blocks that hold `positions` positions after padding. block_size divides 512 or is a multiple of it."""
-    pad = max(KV_PAD[dtype], block_size)
+    pad = max(kv_pad(dtype), block_size)
     return -(-positions // pad) * pad // block_size
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -175,7 +174,7 @@ class LocalEngine:
         if device == "cuda":
             check_block_size((engine or EngineConfig()).block_size)
         ranks = parallel.tp * parallel.pp
-        use_threads(parallel.threads or max(1, (os.cpu_count() or 1) // ranks), ranks)
+        use_threads(parallel.threads, ranks, device)
         room = partial(
             kv_blocks, opened, engine or EngineConfig(), parallel, model.max_model_len, draft=draft
         )

@@ -76,9 +76,8 @@ class RankActor:
         from runtime.threads import use_threads
 
         here = sum(address.host == addresses[self._rank].host for address in addresses)
-        self._threads = parallel.threads or max(1, (os.cpu_count() or 1) // here)
-        use_threads(self._threads)
         opened = open_model(model, parallel.device)
+        self._threads = use_threads(parallel.threads, here, opened.device)
         sharers = here if opened.device == "cpu" else 1
         draft = open_draft(model, opened, parallel)
         if opened.device == "cuda":
@@ -112,11 +111,12 @@ class RankActor:
 
     def run(self, config: EngineConfig, host: str, port: int) -> str:
         """Execute the engine's plans until it hangs up; returns why it ended."""
+        import torch
+
         from runtime.cluster.rank_loop import run_rank
         from runtime.model.runners import make_runner
-        from runtime.threads import use_threads
 
-        use_threads(self._threads)  # the setting belongs to the calling thread
+        torch.set_num_threads(self._threads)  # the setting belongs to the calling thread
         if self._mesh is not None:
             self._mesh.settled()  # all ranks have loaded by now, and so joined
         runner = make_runner(

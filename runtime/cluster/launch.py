@@ -238,7 +238,8 @@ def _agreed(infos: Sequence[EngineInfo], nodes: Sequence[str]) -> EngineInfo:
             raise Unavailable(
                 f"the ranks do not compute alike: {infos[0].numerics} on {nodes[0]} and "
                 f"{info.numerics} on {node}: "
-                "use hosts and GPUs of one kind, with the same versions and the same model file"
+                "use hosts and GPUs of one kind, with the same versions and the same model files, tokenizer "
+                "included"
             )
     return infos[0]
 

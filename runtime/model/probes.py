@@ -11,8 +11,9 @@ elsewhere in the sum: the exact result is 0, and what is left is the rounding on
 shows. Of plain random values most of it would be rounded off.
 
 A probe that differed between ranks of one machine would refuse their start. So all are called through
-`kernels`, in the shapes that hold their bits whatever the number of threads (docs/numerics.md), attention
-with one head alone; and they are small, for torch not to share them among threads that are busy elsewhere.
+`kernels`, on one thread, in shapes that hold their bits (docs/numerics.md), attention with one head alone;
+and they are small. Whether more threads would change bits is told too: MKL's code for processors without
+AVX-512 divides sums among them.
 
 Not known from here: shapes for which a library chooses otherwise than for these; a flush of subnormals; what
 `kernels.native` and Triton compile, where every rounding is written out.
@@ -22,6 +23,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -41,7 +44,29 @@ _POSITIONS = 512  # what attention is padded to
 @cache
 def probes() -> str:
     """32 bits in hexadecimal: of what torch, its libraries, numpy and the C library compute."""
-    return _digest([*host_results().values(), *torch_results().values()])
+    with _threads(1):
+        return _digest([*host_results().values(), *torch_results().values()])
+
+
+@cache
+def threads_matter(count: int) -> bool:
+    """Whether torch's operations give other bits by `count` threads, or by a few, than by one."""
+    found = set()
+    for each in {1, min(2, count), min(3, count), count}:
+        with _threads(each):
+            products = (_dense(n, k) for n, k in ((48, 576), (64, 2048), (576, 1536)))
+            found.add(_digest([*torch_results().values(), *products]))
+    return len(found) > 1
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache
@@ -73,8 +98,7 @@ def torch_results() -> dict[str, torch.Tensor]:
     found = {}
     # MKL has another kernel for up to 8 columns that are left over, oneDNN for few columns and many.
     for n, k in ((8, 64), (43, 172), (72, K_CHUNK + 192), (480, 64)):
-        x, w = _cancelling(TILE, n, k, K_CHUNK, bits=24)
-        found[f"fp32 product {n} x {k}"] = linear(x, pack_fp32(w))
+        found[f"fp32 product {n} x {k}"] = _dense(n, k)
     for n, k in ((16, BF16_K_CHUNK + 512), (43, 64), (480, 64)):
         x, w = _cancelling(TILE, n, k, BF16_K_CHUNK, bits=8)
         found[f"bf16 product {n} x {k}"] = linear(x.bfloat16(), pack_bf16(w))
@@ -87,6 +111,11 @@ def torch_results() -> dict[str, torch.Tensor]:
     found["row sum"] = rows.sum(dim=-1)
     found["silu"] = silu_mul(rows, torch.ones(4, 488), torch.empty(4, 488))
     return found
+
+
+def _dense(n: int, k: int) -> torch.Tensor:
+    x, w = _cancelling(TILE, n, k, K_CHUNK, bits=24)
+    return linear(x, pack_fp32(w))
 
 
 def _int4_product() -> torch.Tensor:

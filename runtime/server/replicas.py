@@ -291,7 +291,8 @@ def joint(infos: Sequence[EngineInfo]) -> EngineInfo:
         if info.numerics != infos[0].numerics:
             raise Unavailable(
                 f"the replicas do not compute alike (replica 0: {infos[0].numerics}, replica {index}: "
-                f"{info.numerics}): use hosts of one kind and version, and the same model file"
+                f"{info.numerics}): use hosts of one kind and version, and the same model files, tokenizer "
+                "included"
             )
     if len(infos) == 1:
         return infos[0]

@@ -34,7 +34,7 @@ ADDED = "added_tokens.json"
 
 
 def vocabulary_digest(checkpoint: Checkpoint) -> bytes:
-    """32 bytes, of a model without a vocabulary too. Some 20 ms for one of 128 thousand pieces.
+    """32 bytes, of a model without a vocabulary too. A tenth of a second for 256 thousand pieces.
 
     Raises BadModelFile, naming the file, for one that cannot be read; what is wrong inside is a tokenizer's
     to tell."""
@@ -77,11 +77,13 @@ def _of_folder(folder: str) -> Iterator[tuple[str, bytes]]:
         try:
             said = json.loads(raw)
             if isinstance(said, dict):
-                kept = {key: value for key, value in said.items() if name == ADDED or "token" in key}
-                raw = json.dumps(kept, sort_keys=True).encode()
+                every = {key: value for key, value in said.items() if value is not None}
+                kept = {key: value for key, value in every.items() if name == ADDED or "token" in key}
+                raw = json.dumps(kept, sort_keys=True).encode() if kept else b""
         except (ValueError, RecursionError):  # a tokenizer will say so
             pass
-        yield name, raw
+        if raw:
+            yield name, raw
 
 
 def _read(folder: str, name: str) -> bytes:

@@ -101,8 +101,10 @@ class Connection:
         not bounded: a timeout of Python's would be, so it is the kernel's. The time is waited for in turns: a
         machine that stands still for as long ends one of them, and the peer has the others to be heard."""
         self._patience = seconds or 0.0
-        whole, part = divmod(self._patience / TURNS, 1.0)
-        limit = TIMEVAL.pack(int(whole), int(part * 1e6))
+        micros = round(self._patience / TURNS * 1e6)
+        if self._patience:
+            micros = max(1, micros)  # 0 would wait for ever
+        limit = TIMEVAL.pack(*divmod(micros, 10**6))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     def expect_reader(self, seconds: float = LOST_SECONDS) -> None:

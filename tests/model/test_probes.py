@@ -104,6 +104,13 @@ def test_other_bits_have_another_name(plain, environment):
         assert found["host"] != plain["host"], differing
 
 
+@pytest.mark.parametrize("variable, value", [("MKL_ENABLE_INSTRUCTIONS", "AVX2"), ("MKL_CBWR", "COMPATIBLE")])
+def test_one_name_where_threads_change_bits(variable, value):
+    """MKL's other code divides sums among threads."""
+    one, two, four = (process(**{variable: value, "OMP_NUM_THREADS": threads}) for threads in "124")
+    assert one["name"] == two["name"] == four["name"]
+
+
 def test_products_are_nothing_but_the_rounding_of_their_sums():
     for name, value in torch_results().items():
         if "product" in name or "attention" in name:
