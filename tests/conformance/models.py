@@ -23,6 +23,7 @@ from runtime.model.drafter import Ask, Drafter
 from runtime.model.header import open_model
 from runtime.model.load import engine_info, load_shard
 from runtime.model.runners import StepRunner
+from runtime.threads import use_threads
 from runtime.tokenizer.load import load_tokenizer
 from runtime.types import Request
 from tests.conformance.plain import Plain
@@ -139,7 +140,7 @@ class Model:
             config = EngineConfig(**{**settings, "total_blocks": blocks})
         config = self.settle(config, tp, pp)
         before = torch.get_num_threads()
-        torch.set_num_threads(threads)
+        use_threads(threads, 1, "cpu")
         loop = EngineLoop(config, LocalRanks(self.runners(config, tp, pp, draft)), self.opened.spec.vocab)
         watch = Watch(loop._engine)
         loop.start()
